@@ -1,0 +1,414 @@
+"""All settings: frozen dataclasses, read from TOML, each field with its meaning and unit.
+
+A recipe is a TOML file whose tables are the fields of `Recipe`. An unknown key is an error that names the nearest known
+one; a value of the wrong type is an error that names the type wanted. Settings never change after they are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from nextn.errors import ConfigError
+
+Settings = TypeVar("Settings")
+
+
+def setting(default: Any, doc: str) -> Any:
+    """A dataclass field with a default and a one-line meaning (unit included), readable by `describe`."""
+    return field(default=default, metadata={"doc": doc})
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding, under the name `rope_parameters` as in transformers.
+
+    `rope_type = "yarn"` (arXiv 2309.00071) needs `factor` and `original_max_position_embeddings`.
+    """
+
+    rope_type: Literal["default", "yarn"] = setting("default", "default or yarn")
+    rope_theta: float = setting(10000.0, "base of the geometric series of wavelengths")
+    factor: float | None = setting(None, "yarn: context extension factor")
+    original_max_position_embeddings: int | None = setting(None, "yarn: context trained on, in tokens")
+    beta_fast: float | None = setting(None, "yarn: rotations above which a dimension is not interpolated (32)")
+    beta_slow: float | None = setting(None, "yarn: rotations below which a dimension is fully interpolated (1)")
+    mscale: float | None = setting(None, "yarn: attention temperature coefficient of cos and sin")
+    mscale_all_dim: float | None = setting(None, "yarn: attention temperature coefficient of the softmax scale")
+    truncate: bool | None = setting(None, "yarn: round the correction range to whole dimensions (true)")
+
+    def __post_init__(self) -> None:
+        if self.rope_type == "yarn" and (self.factor is None or self.original_max_position_embeddings is None):
+            raise ConfigError(
+                "model.rope_parameters: rope_type = 'yarn' needs factor and original_max_position_embeddings, "
+                f"got factor = {self.factor}, original_max_position_embeddings = {self.original_max_position_embeddings}"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The trunk, with the field names of transformers' `DeepseekV3Config`."""
+
+    vocab_size: int = setting(0, "tokens in the vocabulary (V); 0 takes the tokenizer's")
+    hidden_size: int = setting(256, "width of the residual stream (C)")
+    intermediate_size: int = setting(768, "hidden width of a dense feed-forward layer")
+    moe_intermediate_size: int = setting(128, "hidden width of one expert")
+    num_hidden_layers: int = setting(8, "trunk layers, MTP modules not counted")
+    num_attention_heads: int = setting(4, "attention heads (H)")
+    n_shared_experts: int = setting(1, "experts every token uses")
+    n_routed_experts: int = setting(8, "experts to choose from (E)")
+    num_experts_per_tok: int = setting(2, "routed experts a token uses")
+    n_group: int = setting(1, "groups the routed experts form")
+    topk_group: int = setting(1, "groups a token may choose experts from")
+    norm_topk_prob: bool = setting(True, "gates of the chosen experts sum to routed_scaling_factor")
+    routed_scaling_factor: float = setting(1.0, "scale of the routed experts' sum")
+    first_k_dense_replace: int = setting(1, "leading layers with a dense feed-forward instead of experts")
+    q_lora_rank: int | None = setting(None, "rank of the query projection; none for a full one")
+    kv_lora_rank: int = setting(64, "width of the cached key-value latent")
+    qk_nope_head_dim: int = setting(32, "query/key width per head without position")
+    qk_rope_head_dim: int = setting(16, "query/key width with rotary position; the key's is shared by all heads")
+    v_head_dim: int = setting(32, "value width per head")
+    rope_parameters: RopeConfig = field(default_factory=RopeConfig, metadata={"doc": "rotary position embedding"})
+    rope_interleave: bool = setting(True, "rotary pairs are (x0, x1), (x2, x3), ... as in DeepSeek's weights")
+    max_position_embeddings: int = setting(1024, "longest context, in tokens")
+    rms_norm_eps: float = setting(1e-6, "epsilon of the layer norms")
+    initializer_range: float = setting(0.02, "standard deviation of fresh weights")
+    tie_word_embeddings: bool = setting(False, "output head is the embedding matrix")
+    attention_bias: bool = setting(False, "biases in the low-rank down-projections and the output projection")
+
+    def __post_init__(self) -> None:
+        if self.qk_rope_head_dim % 2:
+            raise ConfigError(f"model.qk_rope_head_dim must be even (rotary pairs), got {self.qk_rope_head_dim}")
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank", "v_head_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if self.has_experts:
+            self._check_routing()
+
+    def _check_routing(self) -> None:
+        if self.n_routed_experts % self.n_group:
+            raise ConfigError(
+                f"model.n_routed_experts = {self.n_routed_experts} does not divide into n_group = {self.n_group} groups"
+            )
+        experts_per_group = self.n_routed_experts // self.n_group
+        if self.n_group > 1 and experts_per_group < 2:
+            raise ConfigError("model.n_group: a group is scored by its best two experts, so it needs at least two")
+        if not 1 <= self.topk_group <= self.n_group:
+            raise ConfigError(f"model.topk_group must lie in 1..n_group = {self.n_group}, got {self.topk_group}")
+        if not 1 <= self.num_experts_per_tok <= self.topk_group * experts_per_group:
+            raise ConfigError(
+                f"model.num_experts_per_tok = {self.num_experts_per_tok}, but a token may choose among "
+                f"{self.topk_group * experts_per_group} experts (topk_group x experts per group)"
+            )
+
+    @property
+    def has_experts(self) -> bool:
+        """True iff some trunk layer is a mixture of experts."""
+        return self.n_routed_experts > 0 and self.first_k_dense_replace < self.num_hidden_layers
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Query and key width per head, position part included."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers the attention cache holds per token and layer."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def is_moe_layer(self, layer_index: int) -> bool:
+        """True iff trunk layer `layer_index` (0-based) is a mixture of experts; MTP blocks follow the last layer."""
+        return self.n_routed_experts > 0 and layer_index >= self.first_k_dense_replace
+
+
+@dataclass(frozen=True)
+class MTPConfig:
+    """Multi-token prediction: the scheme and the conventions in which implementations differ."""
+
+    scheme: Literal["sequential"] = setting("sequential", "sequential (DeepSeek-V3, arXiv 2412.19437 eq. 21-25)")
+    num_depths: int = setting(1, "extra tokens predicted per position in training (K); 0 is plain next-token training")
+    share_weights: bool = setting(False, "one module used at every depth")
+    concat: Literal["embed_first", "hidden_first"] = setting("embed_first", "order of eh_proj's two inputs")
+    trunk_hidden: Literal["post_norm", "pre_norm"] = setting("post_norm", "h[0]: the trunk's state after or before its final norm")
+    carry: Literal["post_norm", "pre_norm"] = setting("post_norm", "what depth k+1 receives: after or before depth k's head norm")
+    head_norm: Literal["own", "shared"] = setting("own", "norm before the output head: the module's own or the trunk's final norm")
+
+    def __post_init__(self) -> None:
+        if self.num_depths < 0:
+            raise ConfigError(f"mtp.num_depths must be 0 or more, got {self.num_depths}")
+
+    @property
+    def num_modules(self) -> int:
+        """Modules that have weights of their own (`num_nextn_predict_layers` of a checkpoint)."""
+        return min(self.num_depths, 1) if self.share_weights else self.num_depths
+
+
+# ----------------------------------------------------------------------------------------------------------- objective
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """A quantity over training: constant, or piecewise constant with `values[i]` up to `boundaries[i]`."""
+
+    kind: Literal["constant", "piecewise"] = setting("constant", "constant or piecewise")
+    values: tuple[float, ...] = setting((0.3,), "one value, or one per piece")
+    boundaries: tuple[float, ...] = setting((), "piecewise: where the next value starts, one fewer than values")
+    unit: Literal["steps", "tokens"] = setting("steps", "what boundaries count: optimizer steps or trained tokens")
+
+    def __post_init__(self) -> None:
+        wanted = 1 if self.kind == "constant" else len(self.boundaries) + 1
+        if len(self.values) != wanted or (self.kind == "constant" and self.boundaries):
+            raise ConfigError(
+                f"schedule: {self.kind} with {len(self.boundaries)} boundaries needs {wanted} values "
+                f"and constant takes no boundaries, got values = {list(self.values)}, boundaries = {list(self.boundaries)}"
+            )
+        if any(b <= a for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)):
+            raise ConfigError(f"schedule: boundaries must grow, got {list(self.boundaries)}")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """total = main + sum over k of weight_k(step) * L_k."""
+
+    mtp_lambda: ScheduleConfig = field(
+        default_factory=ScheduleConfig, metadata={"doc": "lambda of eq. 25, constant or piecewise"}
+    )
+    average_over_depths: bool = setting(True, "weight lambda / K per depth (DeepSeek) instead of lambda each (sum)")
+    depth_decay: float = setting(1.0, "beta: depth k is weighted by beta ** (k - 1)")
+    denominator: Literal["depth", "sequence"] = setting(
+        "depth", "L_k is divided by its own valid positions, or by the main loss's (eq. 24)"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on and how it becomes rows of tokens."""
+
+    corpus: str = setting(
+        "python-stdlib", "python-stdlib, python-installed, a file, folder or .jsonl path, or hf:NAME[:SPLIT]"
+    )
+    text_field: str = setting("text", "field of a JSONL record or data set row that holds the text")
+    tokenizer: str = setting("bytes", "bytes, bpe:SIZE (trained on the corpus), or the path of a saved tokenizer")
+    sequence_length: int = setting(256, "tokens in a training row (T)")
+    validation_share: float = setting(0.02, "share of the files held out, chosen by a hash of their name")
+    max_bytes: int | None = setting(None, "stop reading the corpus after this many bytes of text; none reads all")
+    isolate_documents: bool = setting(True, "documents packed into one row do not see each other")
+
+    def __post_init__(self) -> None:
+        if self.sequence_length < 2:
+            raise ConfigError(f"data.sequence_length must be at least 2 (a token and its label), got {self.sequence_length}")
+        if not 0.0 < self.validation_share < 1.0:
+            raise ConfigError(f"data.validation_share must lie between 0 and 1, got {self.validation_share}")
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, or Muon for hidden matrices with AdamW for embeddings, head, norms and routers."""
+
+    name: Literal["adamw", "muon"] = setting("adamw", "adamw or muon")
+    learning_rate: float = setting(1e-3, "peak learning rate of AdamW")
+    muon_learning_rate: float = setting(0.02, "peak learning rate of Muon")
+    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's decay rates of first and second moment")
+    eps: float = setting(1e-8, "AdamW's epsilon")
+    muon_momentum: float = setting(0.95, "Muon's momentum")
+    weight_decay: float = setting(0.1, "decoupled weight decay of matrices; norms and biases have none")
+    max_grad_norm: float = setting(1.0, "clip the global gradient norm to this; 0 never clips")
+    schedule: Literal["cosine", "wsd", "constant"] = setting("cosine", "after warm-up: cosine, warm-up-stable-decay, constant")
+    num_warmup_steps: int = setting(20, "optimizer steps of linear warm-up")
+    decay_share: float = setting(0.4, "wsd: share of all steps spent in the final linear decay")
+    final_learning_rate_ratio: float = setting(0.05, "last learning rate relative to the peak")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One run: length, batch, numerics, checkpoints."""
+
+    num_steps: int = setting(1000, "optimizer steps")
+    batch_size: int = setting(16, "rows per optimizer step (B)")
+    micro_batch_size: int | None = setting(None, "rows per forward; none takes the whole batch at once")
+    seed: int = setting(0, "seed of weights and data order")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    precision: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "bfloat16 autocast, float32, or auto: bfloat16 where the hardware multiplies it natively"
+    )
+    compile: bool = setting(False, "compile the layers with torch.compile (needs a C++ compiler on a CPU)")
+    bias_update_speed: float = setting(0.001, "gamma of auxiliary-loss-free balancing; 0 freezes the biases")
+    log_every: int = setting(10, "steps between lines of metrics.jsonl")
+    evaluate_every: int = setting(200, "steps between evaluations; 0 evaluates at the end only")
+    checkpoint_every: int = setting(200, "steps between checkpoints; 0 writes the last one only")
+    keep_checkpoints: int = setting(2, "how many of the latest checkpoints stay on disk")
+    tensorboard: bool = setting(False, "also write TensorBoard event files (needs the tensorboard extra)")
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"training.{name} must be at least 1, got {getattr(self, name)}")
+        if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
+            raise ConfigError(
+                f"training.micro_batch_size must lie in 1..batch_size = {self.batch_size}, got {self.micro_batch_size}"
+            )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How much held-out text each evaluation reads and decodes."""
+
+    num_rows: int = setting(32, "held-out rows for losses, teacher-forced accuracy and main agreement")
+    num_prompts: int = setting(8, "held-out prompts decoded for acceptance; 0 decodes none")
+    prompt_length: int = setting(128, "tokens in a prompt")
+    max_new_tokens: int = setting(128, "tokens decoded per prompt")
+    draft_length: int = setting(3, "tokens drafted per cycle (N)")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a training run; one TOML table per field."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mtp: MTPConfig = field(default_factory=MTPConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            raise ConfigError(
+                f"data.sequence_length = {self.data.sequence_length} exceeds "
+                f"model.max_position_embeddings = {self.model.max_position_embeddings}"
+            )
+        if self.mtp.num_depths > self.data.sequence_length - 2:
+            raise ConfigError(
+                f"mtp.num_depths = {self.mtp.num_depths} leaves no position with a label: data.sequence_length = "
+                f"{self.data.sequence_length} allows at most {self.data.sequence_length - 2}"
+            )
+        if self.optimizer.num_warmup_steps > self.training.num_steps:
+            raise ConfigError(
+                f"optimizer.num_warmup_steps = {self.optimizer.num_warmup_steps} exceeds "
+                f"training.num_steps = {self.training.num_steps}"
+            )
+        context = self.evaluation.prompt_length + self.evaluation.max_new_tokens
+        if self.evaluation.num_prompts and context > self.model.max_position_embeddings:
+            raise ConfigError(
+                f"evaluation.prompt_length + evaluation.max_new_tokens = {context} exceeds "
+                f"model.max_position_embeddings = {self.model.max_position_embeddings}"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from TOML and apply `table.key=value` overrides.
+
+    Raises ConfigError when the file is missing, is not TOML, or holds an unknown key or a value of the wrong type.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"recipe not found: {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"recipe {path} cannot be read as TOML: {error}") from None
+    return from_table(Recipe, override(table, overrides))
+
+
+def override(table: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """A copy of `table` with `a.b=c` assignments applied; values are TOML, bare words are strings.
+
+    >>> override({"data": {"corpus": "x"}}, ["data.corpus=y", "training.seed=3"])
+    {'data': {'corpus': 'y'}, 'training': {'seed': 3}}
+    """
+    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+    for assignment in assignments:
+        name, separator, text = assignment.partition("=")
+        if not separator or not name.strip():
+            raise ConfigError(f"--set takes table.key=value, got {assignment!r}")
+        *tables, key = name.strip().split(".")
+        target: dict[str, Any] = result
+        for part in tables:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {assignment}: {part} is a value, not a table")
+        target[key] = _toml_value(text.strip())
+    return result
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def from_table(settings_class: type[Settings], table: Mapping[str, Any], where: str = "") -> Settings:
+    """Build a settings dataclass from a (nested) mapping, checking every key and type.
+
+    The word "none" stands for None, which TOML lacks. Raises ConfigError naming the full key.
+    """
+    hints = typing.get_type_hints(settings_class)
+    values = {}
+    for key, value in table.items():
+        name = f"{where}.{key}" if where else key
+        if key not in hints:
+            nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"unknown setting {name!r}; did you mean {nearest[0]!r}? "
+                f"{'[' + where + ']' if where else 'A recipe'} knows: {', '.join(sorted(hints))}"
+            )
+        values[key] = _convert(value, hints[key], name)
+    return settings_class(**values)
+
+
+def _convert(value: Any, kind: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} is a table, got {value!r}")
+        return from_table(kind, value, name)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or value == "none":
+            return None
+        return _convert(value, next(a for a in arguments if a is not types.NoneType), name)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{name} must be a list, got {value!r}")
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise ConfigError(f"{name} must have {len(arguments)} values, got {value!r}")
+        return tuple(_convert(item, arguments[0], name) for item in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{name} must be {kind.__name__}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def to_table(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as plain nested dictionaries; `from_table` reads it back to an equal one."""
+    return dataclasses.asdict(settings)
+
+
+def describe(settings_class: type[Any]) -> list[tuple[str, Any, str]]:
+    """(name, default, meaning) of every field, in order."""
+    defaults = settings_class()
+    return [(f.name, getattr(defaults, f.name), f.metadata.get("doc", "")) for f in dataclasses.fields(settings_class)]
