@@ -1,0 +1,28 @@
+"""One transformer layer: attention and feed-forward, each after a norm and added to the residual stream."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from nextn.config import ModelConfig
+from nextn.model.attention import LatentAttention
+from nextn.model.cache import LayerCache
+from nextn.model.context import LayerContext
+from nextn.model.moe import MLP, MixtureOfExperts
+from nextn.model.norm import RMSNorm
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); the feed-forward is dense or a mixture of experts."""
+
+    def __init__(self, config: ModelConfig, is_moe: bool):
+        super().__init__()
+        self.self_attn = LatentAttention(config)
+        self.mlp = MixtureOfExperts(config) if is_moe else MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, context: LayerContext, cache: LayerCache | None = None) -> Tensor:
+        """[B, M, C] -> [B, M, C]; with a cache, this forward's latents are written to it first."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), context, cache)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden), context.token_mask)

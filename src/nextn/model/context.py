@@ -1,0 +1,86 @@
+"""What all layers of one forward share: rotary factors, who may see whom, where the cache is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nextn.alignment import PADDING_DOCUMENT
+from nextn.model.rope import RotaryTable
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """Built once per forward by `layer_context`, read by every layer.
+
+    Attributes:
+        cos, sin: rotary factors of the queries' positions, [B or 1, M, R/2].
+        mask: True where a query may look, bool [B or 1, 1, M, S]; None: every earlier position and itself.
+        token_mask: False for padding, bool [B, M]; None: no padding.
+        positions: cache slots to write, int64 [B, M]; None without a cache.
+        num_keys: slots 0..num_keys-1 are attended to (S); None without a cache.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None = None
+    token_mask: Tensor | None = None
+    positions: Tensor | None = None
+    num_keys: int | None = None
+
+
+def layer_context(
+    rotary: RotaryTable,
+    num_positions: int,
+    positions: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    cached: bool = False,
+    num_keys: int | None = None,
+) -> LayerContext:
+    """The context of a forward over M positions.
+
+    Args:
+        rotary: table of cos and sin.
+        num_positions: M.
+        positions: int64 [B, M]; None: 0..M-1. Required with a cache, where position = slot.
+        document_ids: int64 [B, M], documents that do not see each other; not together with a cache.
+        cached: whether keys come from a cache.
+        num_keys: largest position + 1, if the caller knows it (saves reading it back from the device).
+
+    Raises:
+        ValueError: a cache without positions, or with documents.
+    """
+    cos, sin = rotary(num_positions, positions)
+    if not cached:
+        if document_ids is None:
+            return LayerContext(cos, sin)
+        return LayerContext(cos, sin, document_mask(document_ids), document_ids != PADDING_DOCUMENT)
+    if positions is None or document_ids is not None:
+        raise ValueError("a forward with a cache needs positions and takes no document_ids")
+    num_keys = int(positions.max()) + 1 if num_keys is None else num_keys
+    return LayerContext(cos, sin, cached_mask(positions, num_keys), None, positions, num_keys)
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """Causal mask inside documents: bool [B, 1, T, T] from ids [B, T]. Every position sees itself, padding too.
+
+    >>> document_mask(torch.tensor([[0, 0, 1]]))[0, 0].int().tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    """
+    length = document_ids.shape[1]
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    same &= document_ids[:, None, :] != PADDING_DOCUMENT
+    same |= torch.eye(length, dtype=torch.bool, device=document_ids.device)
+    return same.tril_()[:, None]
+
+
+def cached_mask(positions: Tensor, num_keys: int) -> Tensor:
+    """Causal mask over cache slots: bool [B, 1, M, num_keys], True for slots up to the query's position [B, M].
+
+    >>> cached_mask(torch.tensor([[1, 2]]), 4)[0, 0].int().tolist()
+    [[1, 1, 0, 0], [1, 1, 1, 0]]
+    """
+    slots = torch.arange(num_keys, device=positions.device)
+    return (slots <= positions[..., None])[:, None]

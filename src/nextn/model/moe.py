@@ -1,0 +1,247 @@
+"""Mixture of experts (DeepSeek-V3, arXiv 2412.19437 section 2.1.2): shared and routed experts, auxiliary-loss-free balancing.
+
+A token's gate is sigmoid(x . centroid); the choice of experts adds a bias that only balancing moves (eq. 12-16). After
+each optimizer step the bias of an overloaded expert goes down by gamma and that of an underloaded one goes up.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextn.config import ModelConfig
+
+MAX_EXPERTS_DENSE = 16
+"""Up to this many experts, a forward of a few tokens runs all of them as one product and gates the unchosen to zero."""
+
+MAX_TOKENS_DENSE = 16
+"""How many tokens "a few" are: beyond, sorting tokens by expert costs less than running every expert on them."""
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """[..., C] -> [..., C]; `token_mask` is for experts' counts only and unused here."""
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class Router(nn.Module):
+    """Chooses experts per token; weight names `gate.weight`, `gate.e_score_correction_bias`."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.top_k, self.num_groups, self.top_k_groups = config.num_experts_per_tok, config.n_group, config.topk_group
+        self.normalise, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts and gates of each token.
+
+        Args:
+            hidden: [N, C].
+
+        Returns:
+            Gates float32 [N, top_k] (eq. 13, of unbiased scores) and expert indices int64 [N, top_k] (eq. 16, chosen by
+            biased scores; with groups, only inside the `topk_group` groups whose best two biased scores sum highest).
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores = F.linear(hidden.float(), self.weight.float()).sigmoid()
+        biased = scores.detach() + self.e_score_correction_bias
+        if self.num_groups > 1:
+            grouped = biased.unflatten(-1, (self.num_groups, -1))
+            group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+            chosen = group_scores.topk(self.top_k_groups, dim=-1).indices
+            open_groups = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, chosen, True)
+            biased = grouped.masked_fill(~open_groups.unsqueeze(-1), float("-inf")).flatten(-2)
+        experts = biased.topk(self.top_k, dim=-1).indices
+        gates = scores.gather(1, experts)
+        if self.normalise:
+            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+        return gates * self.scaling, experts
+
+
+class Experts(nn.Module):
+    """All routed experts' weights, stacked: `gate_up_proj` [E, 2 * I, C], `down_proj` [E, C, I]."""
+
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(num_experts, 2 * intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.zeros(num_experts, hidden_size, intermediate_size))
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.gate_up_proj.shape[0]
+
+    def forward(self, hidden: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
+        """Sum over the chosen experts of gate * expert(token): [N, C] -> [N, C]."""
+        few = hidden.shape[0] <= MAX_TOKENS_DENSE and self.num_experts <= MAX_EXPERTS_DENSE
+        if few and not torch.is_grad_enabled():
+            return self._run_all(hidden, gates, experts)
+        return self._run_sorted(hidden, gates, experts)
+
+    def _run_sorted(self, hidden: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
+        """Tokens sorted by expert, one product per expert over its tokens."""
+        top_k = experts.shape[1]
+        order = experts.flatten().argsort(stable=True)  # (token, choice) pairs, by expert
+        counts = torch.bincount(experts.flatten(), minlength=self.num_experts).tolist()
+        rows = PermuteRows.apply(hidden, order, top_k)
+        inner = GroupedLinear.apply(rows, self.gate_up_proj, counts)
+        gate, up = inner.chunk(2, dim=-1)
+        outer = GroupedLinear.apply(F.silu(gate) * up, self.down_proj, counts)
+        return CombineRows.apply(outer, order, gates)
+
+    def _run_all(self, hidden: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
+        """Every expert on every token, unchosen ones gated to zero; two products, for a few tokens."""
+        combine = hidden.new_zeros(hidden.shape[0], self.num_experts).scatter_(1, experts, gates.to(hidden.dtype))
+        gate, up = F.linear(hidden, self.gate_up_proj.flatten(0, 1)).unflatten(-1, (self.num_experts, -1)).chunk(2, -1)
+        inner = F.silu(gate) * up * combine.unsqueeze(-1)  # [N, E, I]
+        return torch.bmm(inner.transpose(0, 1), self.down_proj.transpose(1, 2)).sum(0)
+
+    def reference(self, hidden: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
+        """The plain formula of eq. 12, token by token and choice by choice: for tests."""
+        rows = []
+        for token, token_gates, token_experts in zip(hidden, gates, experts, strict=True):
+            row = torch.zeros_like(token)
+            for weight, index in zip(token_gates, token_experts.tolist(), strict=True):
+                gate, up = (self.gate_up_proj[index] @ token).chunk(2)
+                row = row + weight * (self.down_proj[index] @ (F.silu(gate) * up))
+            rows.append(row)
+        return torch.stack(rows)
+
+
+class PermuteRows(torch.autograd.Function):
+    """rows[j] = hidden[order[j] // top_k]; its backward gathers too, where autograd would scatter-add."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, order: Tensor, top_k: int) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: D102
+        ctx.save_for_backward(order)
+        ctx.top_k = top_k
+        return hidden.index_select(0, order // top_k)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]  # noqa: D102, ANN205
+        (order,) = ctx.saved_tensors
+        return grad.index_select(0, order.argsort()).unflatten(0, (-1, ctx.top_k)).sum(1), None, None
+
+
+class CombineRows(torch.autograd.Function):
+    """out[n] = sum over choices c of gates[n, c] * rows[place of (n, c)], the inverse of `PermuteRows`, gated."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, order: Tensor, gates: Tensor) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: D102
+        gates = gates.to(rows.dtype)
+        by_token = rows.index_select(0, order.argsort()).unflatten(0, gates.shape)
+        ctx.save_for_backward(by_token, order, gates)
+        return torch.bmm(gates.unsqueeze(1), by_token).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]  # noqa: D102, ANN205
+        by_token, order, gates = ctx.saved_tensors
+        grad = grad.to(gates.dtype)
+        grad_rows = grad.index_select(0, order // gates.shape[1]) * gates.flatten().index_select(0, order).unsqueeze(1)
+        grad_gates = torch.bmm(by_token, grad.unsqueeze(2)).squeeze(2)
+        return grad_rows, None, grad_gates.float()
+
+
+class GroupedLinear(torch.autograd.Function):
+    """y[rows of expert e] = x[rows of expert e] @ weight[e].T, rows sorted by expert, `counts[e]` rows each.
+
+    Under autocast both operands are cast to its dtype, as autocast does for a linear layer.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: D102
+        device = rows.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        rows, cast = rows.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(rows, cast)
+        ctx.counts, ctx.weight_dtype = counts, weight.dtype
+        out = rows.new_empty(rows.shape[0], weight.shape[1])
+        for part, inputs, matrix in zip(out.split(counts), rows.split(counts), cast, strict=True):
+            torch.mm(inputs, matrix.t(), out=part)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]  # noqa: D102, ANN205
+        rows, weight = ctx.saved_tensors
+        grad = grad.to(rows.dtype)
+        grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
+        groups = zip(
+            grad.split(ctx.counts), rows.split(ctx.counts), grad_rows.split(ctx.counts), weight, grad_weight, strict=True
+        )
+        for grad_part, inputs, grad_inputs, matrix, grad_matrix in groups:
+            torch.mm(grad_part, matrix, out=grad_inputs)
+            torch.mm(grad_part.t(), inputs, out=grad_matrix)  # an expert without tokens gets an exact zero
+        return grad_rows, grad_weight.to(ctx.weight_dtype), None
+
+
+class MixtureOfExperts(nn.Module):
+    """Shared experts (as one MLP) plus the gated sum of the chosen routed experts; eq. 12.
+
+    While training, `expert_load` [E] counts the (token, choice) pairs each expert received since the last
+    `update_routing_biases`, padding left out.
+    """
+
+    expert_load: Tensor
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config.n_routed_experts, config.hidden_size, config.moe_intermediate_size)
+        self.shared_experts = (
+            MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+            if config.n_shared_experts
+            else None
+        )
+        load = torch.zeros(config.n_routed_experts, dtype=torch.int64)
+        self.register_buffer("expert_load", load, persistent=False)
+
+    def forward(self, hidden: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """[B, M, C] -> [B, M, C]; `token_mask` bool [B, M] is False for padding, which is not counted as load."""
+        tokens = hidden.flatten(0, 1)
+        gates, experts = self.gate(tokens)
+        if self.training:
+            counted = experts if token_mask is None else experts[token_mask.flatten()]
+            self.expert_load += torch.bincount(counted.flatten(), minlength=self.experts.num_experts)
+        out = self.experts(tokens, gates, experts).view_as(hidden)
+        return out if self.shared_experts is None else out + self.shared_experts(hidden)
+
+
+@torch.no_grad()
+def update_routing_biases(model: nn.Module, speed: float) -> dict[str, Tensor]:
+    """b_e += speed * sign(mean load - load_e) in every mixture of experts, then start counting anew.
+
+    Call once after each optimizer step, when the loads hold the whole global batch (section 2.1.2, "Auxiliary-Loss-Free
+    Load Balancing"). Layers that ran on no token are left as they are.
+
+    Args:
+        model: any module that contains `MixtureOfExperts` layers.
+        speed: gamma; 0 freezes the biases (the loads are still returned and reset).
+
+    Returns:
+        Loads by layer name, int64 [E].
+
+    Example: loads (3, 1, 2), gamma 0.001: the mean is 2, the biases move by (-0.001, +0.001, 0).
+    """
+    loads = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, MixtureOfExperts):
+            load = layer.expert_load.clone()
+            layer.expert_load.zero_()
+            if load.any():
+                loads[name] = load
+                if speed:
+                    layer.gate.e_score_correction_bias += speed * torch.sign(load.float().mean() - load)
+    return loads

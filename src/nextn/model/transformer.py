@@ -1,0 +1,143 @@
+"""The DeepSeek-V3 trunk: embedding, dense then mixture-of-experts layers, final norm, output head.
+
+Module names give the released weights' names: `model.embed_tokens`, `model.layers.N`, `model.norm`, `lm_head`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextn.config import ModelConfig
+from nextn.model.attention import LatentAttention
+from nextn.model.blocks import DecoderLayer
+from nextn.model.cache import Cache
+from nextn.model.context import LayerContext, layer_context
+from nextn.model.moe import MLP, Experts, Router
+from nextn.model.norm import RMSNorm
+from nextn.model.rope import RotaryTable
+
+
+class Transformer(nn.Module):
+    """The native `Trunk`. Fresh weights are set by `initialize`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
+        self.num_layers, self.max_position_embeddings = config.num_hidden_layers, config.max_position_embeddings
+        layers = [DecoderLayer(config, config.is_moe_layer(index)) for index in range(config.num_hidden_layers)]
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(layers),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model["embed_tokens"].weight
+        self.rotary = RotaryTable(config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.lm_head.weight.device
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """int64 [B, M] -> [B, M, C]."""
+        return F.embedding(token_ids, self.model["embed_tokens"].weight)
+
+    def context(
+        self,
+        num_positions: int,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cached: bool = False,
+        num_keys: int | None = None,
+    ) -> LayerContext:
+        """What the layers of one forward share; see `layer_context`."""
+        return layer_context(self.rotary, num_positions, positions, document_ids, cached, num_keys)
+
+    def hidden_states(
+        self,
+        token_ids: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        num_keys: int | None = None,
+    ) -> Tensor:
+        """State after the last layer, before the final norm: int64 [B, M] -> [B, M, C].
+
+        Without a cache: positions 0..M-1, `document_ids` [B, M] keeps packed documents apart. With a cache: `positions`
+        int64 [B, M] are the slots written, and each query sees the slots up to its own.
+        """
+        context = self.context(token_ids.shape[1], positions, document_ids, cache is not None, num_keys)
+        hidden = self.embed(token_ids)
+        for index, layer in enumerate(self.model["layers"]):  # type: ignore[arg-type]
+            hidden = layer(hidden, context, None if cache is None else cache.layers[index])
+        return hidden
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The norm before the output head, [..., C] -> [..., C]."""
+        return self.model["norm"](hidden)
+
+    def output_head(self, hidden: Tensor) -> Tensor:
+        """Logits of normed states, [..., C] -> [..., V]."""
+        return self.lm_head(hidden)
+
+    def forward(self, token_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Next-token logits: int64 [B, T] -> [B, T, V]."""
+        return self.output_head(self.final_norm(self.hidden_states(token_ids, document_ids=document_ids)))
+
+    def new_cache(self, num_rows: int, capacity: int, num_layers: int | None = None) -> Cache:
+        """An empty cache for `num_layers` blocks (None: the trunk's own)."""
+        weight = self.lm_head.weight
+        num_layers = self.num_layers if num_layers is None else num_layers
+        return Cache.allocate(num_layers, num_rows, capacity, self.config.latent_dim, weight.dtype, weight.device)
+
+    def new_block(self) -> DecoderLayer:
+        """A fresh layer like the trunk's last one."""
+        return DecoderLayer(self.config, self.config.is_moe_layer(self.config.num_hidden_layers - 1))
+
+    def new_norm(self) -> RMSNorm:
+        """A fresh norm of the trunk's width."""
+        return RMSNorm(self.hidden_size, self.config.rms_norm_eps)
+
+    def initialize(self, module: nn.Module, generator: torch.Generator) -> None:
+        """Fresh weights for this trunk itself or for a module built with `new_block` and `new_norm`."""
+        initialize_weights(module, self.config, generator)
+
+
+@torch.no_grad()
+def initialize_weights(module: nn.Module, config: ModelConfig, generator: torch.Generator) -> None:
+    """Normal weights of standard deviation `initializer_range`; norms one, biases zero.
+
+    What writes into the residual stream (attention's o_proj, every down_proj) is divided by sqrt(2 * layers), so that
+    the stream's variance does not grow with depth (as in GPT-2).
+    """
+    std = config.initializer_range
+    residual_std = std / (2 * config.num_hidden_layers) ** 0.5
+
+    def fill(weight: Tensor, std: float) -> None:
+        weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+
+    for child in module.modules():
+        if isinstance(child, RMSNorm):
+            child.weight.fill_(1.0)
+        elif isinstance(child, Experts):
+            fill(child.gate_up_proj, std)
+            fill(child.down_proj, residual_std)
+        elif isinstance(child, Router):
+            fill(child.weight, std)
+            child.e_score_correction_bias.zero_()
+        elif isinstance(child, nn.Linear | nn.Embedding):
+            fill(child.weight, std)
+            if isinstance(child, nn.Linear) and child.bias is not None:
+                child.bias.zero_()
+    for child in module.modules():
+        if isinstance(child, LatentAttention):
+            child.o_proj.weight.mul_(residual_std / std)
+        elif isinstance(child, MLP):
+            child.down_proj.weight.mul_(residual_std / std)

@@ -1,0 +1,87 @@
+"""What MTP and decoding need of a language model, and nothing more.
+
+The native `Transformer` satisfies it, and so can an adapter around any pretrained model; nothing above this package
+knows which one it has.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nextn.model.cache import Cache, LayerCache
+from nextn.model.context import LayerContext
+
+
+class Block(Protocol):
+    """One more layer of the trunk's own kind."""
+
+    def __call__(self, hidden: Tensor, context: LayerContext, cache: LayerCache | None = None) -> Tensor:
+        """[B, M, C] -> [B, M, C]."""
+        ...
+
+
+class Trunk(Protocol):
+    """A causal language model in parts. B rows, M positions, C width, V vocabulary."""
+
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    max_position_embeddings: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        ...
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """int64 [B, M] -> [B, M, C]."""
+        ...
+
+    def context(
+        self,
+        num_positions: int,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cached: bool = False,
+        num_keys: int | None = None,
+    ) -> LayerContext:
+        """What the layers of one forward share; arguments as in `nextn.model.context.layer_context`."""
+        ...
+
+    def hidden_states(
+        self,
+        token_ids: Tensor,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        num_keys: int | None = None,
+    ) -> Tensor:
+        """State after the last layer, before the final norm: int64 [B, M] -> [B, M, C]."""
+        ...
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The norm before the output head, [..., C] -> [..., C]."""
+        ...
+
+    def output_head(self, hidden: Tensor) -> Tensor:
+        """Logits of normed states, [..., C] -> [..., V]."""
+        ...
+
+    def new_cache(self, num_rows: int, capacity: int, num_layers: int | None = None) -> Cache:
+        """An empty cache for `num_layers` blocks (None: the trunk's own layers)."""
+        ...
+
+    def new_block(self) -> nn.Module:
+        """A fresh `Block` like the trunk's last layer, for an MTP module."""
+        ...
+
+    def new_norm(self) -> nn.Module:
+        """A fresh norm like the trunk's final one, for an MTP module."""
+        ...
+
+    def initialize(self, module: nn.Module, generator: torch.Generator) -> None:
+        """Fresh weights for this trunk itself or for a module built with `new_block` and `new_norm`."""
+        ...
