@@ -72,7 +72,9 @@ class DepthAlignment:
         return hidden[:, : self.num_positions]
 
 
-def align(input_ids: Tensor, depth: int, labels: Tensor | None = None, document_ids: Tensor | None = None) -> DepthAlignment:
+def align(
+    input_ids: Tensor, depth: int, labels: Tensor | None = None, document_ids: Tensor | None = None
+) -> DepthAlignment:
     """Inputs and labels of one depth.
 
     Args:
@@ -111,6 +113,22 @@ def align(input_ids: Tensor, depth: int, labels: Tensor | None = None, document_
         together = (first == last) & (first != PADDING_DOCUMENT)
         shifted[:, :num_labelled] = shifted[:, :num_labelled].masked_fill(~together, IGNORED)
     return DepthAlignment(depth=depth, embedded_ids=input_ids[:, depth:], labels=shifted)
+
+
+def of_same_token(trunk_predictions: Tensor, depth: int) -> Tensor:
+    """The trunk's predictions of the tokens that depth k predicts: depth 0's position i+k for depth k's position i.
+
+    Args:
+        trunk_predictions: of depth 0 at every position, [B, T, ...].
+        depth: k >= 0.
+
+    Returns:
+        [B, T-k, ...]; both then speak about token t[i+k+1] at position i.
+
+    >>> of_same_token(torch.tensor([[20, 21, 22, 23]]), depth=1).tolist()
+    [[21, 22, 23]]
+    """
+    return trunk_predictions[:, depth:]
 
 
 def count_labels(

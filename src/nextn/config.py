@@ -50,7 +50,7 @@ class RopeConfig:
         if self.rope_type == "yarn" and (self.factor is None or self.original_max_position_embeddings is None):
             raise ConfigError(
                 "model.rope_parameters: rope_type = 'yarn' needs factor and original_max_position_embeddings, "
-                f"got factor = {self.factor}, original_max_position_embeddings = {self.original_max_position_embeddings}"
+                f"got factor = {self.factor} and {self.original_max_position_embeddings}"
             )
 
 
@@ -138,9 +138,15 @@ class MTPConfig:
     num_depths: int = setting(1, "extra tokens predicted per position in training (K); 0 is plain next-token training")
     share_weights: bool = setting(False, "one module used at every depth")
     concat: Literal["embed_first", "hidden_first"] = setting("embed_first", "order of eh_proj's two inputs")
-    trunk_hidden: Literal["post_norm", "pre_norm"] = setting("post_norm", "h[0]: the trunk's state after or before its final norm")
-    carry: Literal["post_norm", "pre_norm"] = setting("post_norm", "what depth k+1 receives: after or before depth k's head norm")
-    head_norm: Literal["own", "shared"] = setting("own", "norm before the output head: the module's own or the trunk's final norm")
+    trunk_hidden: Literal["post_norm", "pre_norm"] = setting(
+        "post_norm", "h[0]: the trunk's state after or before its final norm"
+    )
+    carry: Literal["post_norm", "pre_norm"] = setting(
+        "post_norm", "what depth k+1 receives: after or before depth k's head norm"
+    )
+    head_norm: Literal["own", "shared"] = setting(
+        "own", "norm before the output head: the module's own or the trunk's final norm"
+    )
 
     def __post_init__(self) -> None:
         if self.num_depths < 0:
@@ -202,13 +208,19 @@ class DataConfig:
     text_field: str = setting("text", "field of a JSONL record or data set row that holds the text")
     tokenizer: str = setting("bytes", "bytes, bpe:SIZE (trained on the corpus), or the path of a saved tokenizer")
     sequence_length: int = setting(256, "tokens in a training row (T)")
-    validation_share: float = setting(0.02, "share of the files held out, chosen by a hash of their name")
+    validation_share: float = setting(0.05, "share of the files held out, chosen by a hash of their name")
     max_bytes: int | None = setting(None, "stop reading the corpus after this many bytes of text; none reads all")
     isolate_documents: bool = setting(True, "documents packed into one row do not see each other")
 
     def __post_init__(self) -> None:
         if self.sequence_length < 2:
-            raise ConfigError(f"data.sequence_length must be at least 2 (a token and its label), got {self.sequence_length}")
+            raise ConfigError(
+                f"data.sequence_length must be at least 2 (a token and its label), got {self.sequence_length}"
+            )
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ConfigError(
+                f"data.max_bytes must be at least 1, or none for everything, got {self.max_bytes}"
+            )
         if not 0.0 < self.validation_share < 1.0:
             raise ConfigError(f"data.validation_share must lie between 0 and 1, got {self.validation_share}")
 
@@ -228,7 +240,9 @@ class OptimizerConfig:
     muon_momentum: float = setting(0.95, "Muon's momentum")
     weight_decay: float = setting(0.1, "decoupled weight decay of matrices; norms and biases have none")
     max_grad_norm: float = setting(1.0, "clip the global gradient norm to this; 0 never clips")
-    schedule: Literal["cosine", "wsd", "constant"] = setting("cosine", "after warm-up: cosine, warm-up-stable-decay, constant")
+    schedule: Literal["cosine", "wsd", "constant"] = setting(
+        "cosine", "after warm-up: cosine, wsd (warm-up-stable-decay) or constant"
+    )
     num_warmup_steps: int = setting(20, "optimizer steps of linear warm-up")
     decay_share: float = setting(0.4, "wsd: share of all steps spent in the final linear decay")
     final_learning_rate_ratio: float = setting(0.05, "last learning rate relative to the peak")

@@ -15,7 +15,9 @@ from .conftest import SMALL, ours_from, randomise, relative_error, transformers_
 TOLERANCE = 1e-5
 
 
-def build(shape: ModelConfig, num_depths: int = 2, **conventions) -> tuple[MTPModel, MtpModel, torch.Tensor, torch.Tensor]:
+def build(
+    shape: ModelConfig, num_depths: int = 2, **conventions
+) -> tuple[MTPModel, MtpModel, torch.Tensor, torch.Tensor]:
     """Both models with equal weights, input ids, and the trunk's post-norm states by transformers."""
     hf = transformers_model(shape, num_depths)
     mtp = MtpModel(hf, num_depths).eval()

@@ -41,7 +41,7 @@ def test_cached_decoding_gives_the_logits_of_transformers_step_by_step(shape: Mo
 def test_parity_catches_the_classic_mistakes(mistake: str):
     hf = transformers_model(SMALL)
     ours = ours_from(hf, SMALL)
-    for layer in ours.trunk.model["layers"]:
+    for layer in ours.trunk.model.layers:
         if mistake == "rotary layout":
             layer.self_attn.interleaved = False
         elif mistake == "eps":

@@ -8,12 +8,12 @@ up-projections into query and output instead and attends to the latents themselv
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextn.config import ModelConfig
 from nextn.model.cache import LayerCache
 from nextn.model.context import LayerContext
+from nextn.model.kernels import attention
 from nextn.model.norm import RMSNorm
 from nextn.model.rope import rotate, softmax_scale
 
@@ -50,7 +50,8 @@ class LatentAttention(nn.Module):
         if cache is None:
             heads = self._attend_expanded(query_nope, query_rope, latent, context)
         else:
-            assert context.positions is not None and context.num_keys is not None, "a cache needs positions"
+            assert context.positions is not None, "a cache needs positions"
+            assert context.num_keys is not None, "a cache needs the number of keys"
             cache.write(context.positions, latent)
             heads = self._attend_absorbed(query_nope, query_rope, cache.read(context.num_keys), context)
         return self.o_proj(heads)
@@ -71,28 +72,17 @@ class LatentAttention(nn.Module):
         key_rope = rotate(key_rope.unsqueeze(2), context.cos, context.sin, self.interleaved).squeeze(2)
         return torch.cat((self.kv_a_layernorm(latent), key_rope), dim=-1)
 
-    def _attend_expanded(
-        self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, context: LayerContext
-    ) -> Tensor:
+    def _attend_expanded(self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, context: LayerContext) -> Tensor:
         """Keys and values per head, [B, M, H * v_dim]; eq. 2, 4, 5, 10."""
         compressed, key_rope = latent.split((self.latent_rank, self.rope_dim), dim=-1)
         key_value = self.kv_b_proj(compressed).unflatten(-1, (self.num_heads, self.nope_dim + self.v_dim))
         key_nope, value = key_value.split((self.nope_dim, self.v_dim), dim=-1)
         key = torch.cat((key_nope, key_rope.unsqueeze(2).expand(-1, -1, self.num_heads, -1)), dim=-1)
         query = torch.cat((query_nope, query_rope), dim=-1)
-        heads = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=context.mask,
-            is_causal=context.mask is None,
-            scale=self.scale,
-        )
+        heads = attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), context.mask, self.scale)
         return heads.transpose(1, 2).flatten(2)
 
-    def _attend_absorbed(
-        self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, context: LayerContext
-    ) -> Tensor:
+    def _attend_absorbed(self, query_nope: Tensor, query_rope: Tensor, latent: Tensor, context: LayerContext) -> Tensor:
         """The same on cached latents [B, S, latent_dim]: q W_uk . c = q . (W_uk c), so W_uk moves to the query side."""
         num_rows, num_queries = query_nope.shape[:2]
         up = self.kv_b_proj.weight.unflatten(0, (self.num_heads, self.nope_dim + self.v_dim))

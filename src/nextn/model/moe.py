@@ -1,10 +1,12 @@
-"""Mixture of experts (DeepSeek-V3, arXiv 2412.19437 section 2.1.2): shared and routed experts, auxiliary-loss-free balancing.
+"""Mixture of experts with auxiliary-loss-free balancing (DeepSeek-V3, arXiv 2412.19437 section 2.1.2).
 
 A token's gate is sigmoid(x . centroid); the choice of experts adds a bias that only balancing moves (eq. 12-16). After
 each optimizer step the bias of an overloaded expert goes down by gamma and that of an underloaded one goes up.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,13 +127,15 @@ class PermuteRows(torch.autograd.Function):
     """rows[j] = hidden[order[j] // top_k]; its backward gathers too, where autograd would scatter-add."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, order: Tensor, top_k: int) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: D102
+    def forward(ctx: Any, hidden: Tensor, order: Tensor, top_k: int) -> Tensor:
+        """[N, C] and pair order [N * top_k] -> [N * top_k, C]."""
         ctx.save_for_backward(order)
         ctx.top_k = top_k
         return hidden.index_select(0, order // top_k)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]  # noqa: D102, ANN205
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """A token's gradient is the sum over its choices."""
         (order,) = ctx.saved_tensors
         return grad.index_select(0, order.argsort()).unflatten(0, (-1, ctx.top_k)).sum(1), None, None
 
@@ -140,14 +144,16 @@ class CombineRows(torch.autograd.Function):
     """out[n] = sum over choices c of gates[n, c] * rows[place of (n, c)], the inverse of `PermuteRows`, gated."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, order: Tensor, gates: Tensor) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: D102
+    def forward(ctx: Any, rows: Tensor, order: Tensor, gates: Tensor) -> Tensor:
+        """[N * top_k, C] in pair order and gates [N, top_k] -> [N, C]."""
         gates = gates.to(rows.dtype)
         by_token = rows.index_select(0, order.argsort()).unflatten(0, gates.shape)
         ctx.save_for_backward(by_token, order, gates)
         return torch.bmm(gates.unsqueeze(1), by_token).squeeze(1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]  # noqa: D102, ANN205
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gates scale the rows' gradients; a gate's gradient is its row times the token's gradient."""
         by_token, order, gates = ctx.saved_tensors
         grad = grad.to(gates.dtype)
         grad_rows = grad.index_select(0, order // gates.shape[1]) * gates.flatten().index_select(0, order).unsqueeze(1)
@@ -162,7 +168,8 @@ class GroupedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: D102
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+        """[R, in] and [E, out, in] -> [R, out]."""
         device = rows.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         rows, cast = rows.to(dtype), weight.to(dtype)
@@ -174,16 +181,22 @@ class GroupedLinear(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]  # noqa: D102, ANN205
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Two products per expert; an expert without tokens gets a gradient of exactly zero."""
         rows, weight = ctx.saved_tensors
         grad = grad.to(rows.dtype)
         grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
         groups = zip(
-            grad.split(ctx.counts), rows.split(ctx.counts), grad_rows.split(ctx.counts), weight, grad_weight, strict=True
+            grad.split(ctx.counts),
+            rows.split(ctx.counts),
+            grad_rows.split(ctx.counts),
+            weight,
+            grad_weight,
+            strict=True,
         )
         for grad_part, inputs, grad_inputs, matrix, grad_matrix in groups:
             torch.mm(grad_part, matrix, out=grad_inputs)
-            torch.mm(grad_part.t(), inputs, out=grad_matrix)  # an expert without tokens gets an exact zero
+            torch.mm(grad_part.t(), inputs, out=grad_matrix)
         return grad_rows, grad_weight.to(ctx.weight_dtype), None
 
 

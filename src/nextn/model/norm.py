@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nextn.model.kernels import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -17,8 +18,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., dim] -> [..., dim], in the dtype of `hidden`."""
-        # The fused kernel wants one dtype; under autocast the weight is float32 and the input may be bfloat16.
-        return F.rms_norm(hidden, self.weight.shape, self.weight.to(hidden.dtype), self.eps)
+        return rms_norm(hidden, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         """Shown by print(module)."""

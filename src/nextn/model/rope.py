@@ -24,11 +24,13 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
     frequencies = 1.0 / wavelength_scale
     if rope.rope_type == "default":
         return frequencies, 1.0
-    assert rope.factor is not None and rope.original_max_position_embeddings is not None  # checked by RopeConfig
+    assert rope.factor is not None, "RopeConfig requires it"
+    assert rope.original_max_position_embeddings is not None, "RopeConfig requires it"
+    original_length = rope.original_max_position_embeddings
 
     def dimension_of(num_rotations: float) -> float:
         """The (fractional) dimension that turns `num_rotations` times over the original context."""
-        turns = rope.original_max_position_embeddings / (num_rotations * 2 * math.pi)  # type: ignore[operator]
+        turns = original_length / (num_rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(rope.rope_theta))
 
     low, high = dimension_of(rope.beta_fast or 32.0), dimension_of(rope.beta_slow or 1.0)

@@ -19,6 +19,18 @@ from nextn.model.norm import RMSNorm
 from nextn.model.rope import RotaryTable
 
 
+class Backbone(nn.Module):
+    """Embedding, layers and final norm: the part whose weight names begin with `model.`"""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, config.is_moe_layer(index)) for index in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
 class Transformer(nn.Module):
     """The native `Trunk`. Fresh weights are set by `initialize`."""
 
@@ -27,17 +39,10 @@ class Transformer(nn.Module):
         self.config = config
         self.hidden_size, self.vocab_size = config.hidden_size, config.vocab_size
         self.num_layers, self.max_position_embeddings = config.num_hidden_layers, config.max_position_embeddings
-        layers = [DecoderLayer(config, config.is_moe_layer(index)) for index in range(config.num_hidden_layers)]
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(layers),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
+        self.model = Backbone(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.model["embed_tokens"].weight
+            self.lm_head.weight = self.model.embed_tokens.weight
         self.rotary = RotaryTable(config)
 
     @property
@@ -47,7 +52,7 @@ class Transformer(nn.Module):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """int64 [B, M] -> [B, M, C]."""
-        return F.embedding(token_ids, self.model["embed_tokens"].weight)
+        return F.embedding(token_ids, self.model.embed_tokens.weight)
 
     def context(
         self,
@@ -75,13 +80,13 @@ class Transformer(nn.Module):
         """
         context = self.context(token_ids.shape[1], positions, document_ids, cache is not None, num_keys)
         hidden = self.embed(token_ids)
-        for index, layer in enumerate(self.model["layers"]):  # type: ignore[arg-type]
+        for index, layer in enumerate(self.model.layers):
             hidden = layer(hidden, context, None if cache is None else cache.layers[index])
         return hidden
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm before the output head, [..., C] -> [..., C]."""
-        return self.model["norm"](hidden)
+        return self.model.norm(hidden)
 
     def output_head(self, hidden: Tensor) -> Tensor:
         """Logits of normed states, [..., C] -> [..., V]."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nextn.alignment import align, count_labels
 from nextn.config import ModelConfig, MTPConfig, ObjectiveConfig
 from nextn.model import Transformer
+from nextn.model.blocks import DecoderLayer
 from nextn.mtp.scheme import Scheme
 from nextn.mtp.sequential import Sequential
 from nextn.objective import denominators as default_denominators
@@ -103,7 +104,8 @@ class MTPModel(nn.Module):
             logits += [self.scheme.logits(self.trunk, depth, x) for depth, x in enumerate(head_inputs, start=1)]
 
         losses = [
-            summed_cross_entropy(depth_logits, align(input_ids, depth, labels, document_ids).labels) / denominators[depth]
+            summed_cross_entropy(depth_logits, align(input_ids, depth, labels, document_ids).labels)
+            / denominators[depth]
             for depth, depth_logits in enumerate(logits)
         ]
         absent: list[Tensor | None] = [None] * (self.num_depths - num_computed)
@@ -112,9 +114,9 @@ class MTPModel(nn.Module):
         return MTPOutput(total_loss(losses[0], [*losses[1:], *absent], weights), loss_per_depth, tuple(logits))
 
     def compile_layers(self) -> None:
-        """Compile every transformer layer in place; layers of one shape share one compilation."""
-        for layer in self.trunk.model["layers"]:  # type: ignore[union-attr]
-            layer.compile()
-        if self.scheme is not None:
-            for module in self.scheme.stored_modules():
-                module.block.compile()  # type: ignore[union-attr, operator]
+        """Compile every transformer layer in place; layers of one kind share one compilation."""
+        modules = [self.trunk] if self.scheme is None else [self.trunk, self.scheme]
+        for module in modules:
+            for layer in module.modules():
+                if isinstance(layer, DecoderLayer):
+                    layer.compile()

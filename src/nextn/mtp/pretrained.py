@@ -1,4 +1,4 @@
-"""A model as a Hugging Face folder: `config.json`, `model.safetensors`, tokenizer files; MTP weights as DeepSeek released them.
+"""A model as a Hugging Face folder, its MTP weights laid out as DeepSeek released them.
 
     model.layers.{0..L-1}.*     the trunk's layers, experts one by one (`mlp.experts.3.gate_proj.weight`)
     model.layers.{L..}.*        MTP modules: enorm, hnorm, eh_proj, shared_head.norm, and the block's own names
@@ -74,6 +74,20 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
     return model.eval()
 
 
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the newest one of a run folder.
+
+    Raises CheckpointError when there is none.
+    """
+    folder = Path(path)
+    if (folder / CONFIG_FILE).exists():
+        return folder
+    steps = sorted((folder / "checkpoints").glob("step-*"))
+    if not steps:
+        raise CheckpointError(f"{folder} is neither a checkpoint (no {CONFIG_FILE}) nor a run with checkpoints")
+    return steps[-1]
+
+
 def config_table(model: MTPModel) -> dict[str, Any]:
     """`config.json`: what transformers and the serving engines read, and nextn's own settings."""
     table: dict[str, Any] = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
@@ -99,8 +113,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, MTPConfig]:
     if not isinstance(table, dict) or table.get("model_type") != "deepseek_v3" or "nextn" not in table:
         kind = table.get("model_type") if isinstance(table, dict) else type(table).__name__
         raise CheckpointError(
-            f"{folder / CONFIG_FILE} is not a nextn checkpoint: model_type is {kind!r}, wanted 'deepseek_v3' with nextn's "
-            "settings under the key 'nextn'"
+            f"{folder / CONFIG_FILE} is not a nextn checkpoint: model_type is {kind!r}, wanted 'deepseek_v3' "
+            "with nextn's settings under the key 'nextn'"
         )
     known = {key: value for key, value in table.items() if key in ModelConfig.__dataclass_fields__}
     try:

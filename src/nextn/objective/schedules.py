@@ -10,8 +10,8 @@ from nextn.config import ScheduleConfig
 def value_at(schedule: ScheduleConfig, step: int, num_tokens: int) -> float:
     """The scheduled value for optimizer step `step` (0-based), before which `num_tokens` tokens were trained.
 
-    Piecewise: `values[i]` from `boundaries[i-1]` (included) up to `boundaries[i]` (excluded), so DeepSeek-V3's lambda is
-    values (0.3, 0.1) with boundary 10e12 tokens.
+    Piecewise: `values[i]` from `boundaries[i-1]` (included) up to `boundaries[i]` (excluded), so DeepSeek-V3's
+    lambda is values (0.3, 0.1) with boundary 10e12 tokens.
 
     >>> lambda_schedule = ScheduleConfig("piecewise", values=(0.3, 0.1), boundaries=(100,), unit="steps")
     >>> [value_at(lambda_schedule, step, 0) for step in (0, 99, 100)]

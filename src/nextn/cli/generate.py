@@ -1,0 +1,95 @@
+"""`nextn generate`: continue a text, and show which tokens were drafted."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+import nextn
+from nextn.decoding import GenerationResult
+from nextn.errors import GenerationError
+from nextn.mtp import MTPModel, find_checkpoint
+from nextn.report.schema import pieces_of
+
+DEPTH_STYLES = ("", "black on #9ad1f5", "black on #a8e0b0", "black on #f5dd8a", "black on #f2b38c", "black on #dcb3ee")
+"""Colour of a token by its depth: none for the trunk's own; depths beyond the last take the last."""
+
+
+def generate(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder (its last checkpoint is taken).")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; may be repeated. '-' reads it in.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to add.")] = 128,
+    draft_length: Annotated[int, typer.Option(help="N, tokens drafted per cycle; 0 is plain decoding.")] = 3,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this total share.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    show_drafts: Annotated[
+        bool, typer.Option("--show-drafts", help="Colour each token by where it came from, and count acceptance.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Continue a text, losslessly: the output does not depend on the draft length.
+
+    Examples:
+
+        nextn generate runs/demo -p "def read_file(path):" --show-drafts
+
+        nextn generate runs/demo -p "import os" --temperature 0.8 --top-p 0.95 --seed 1
+    """
+    prompts = [sys.stdin.read() if text == "-" else text for text in prompt or ()]
+    if not prompts:
+        raise GenerationError('no prompt; give one with -p "TEXT", or -p - to read standard input')
+    model = nextn.load(find_checkpoint(path), device=device, dtype=dtype)
+    if model.scheme is None and draft_length:
+        Console(stderr=True).print("this model has no MTP depths: decoding plainly")
+        draft_length = 0
+    result = nextn.generate(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        draft_length=draft_length,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    console = Console(soft_wrap=True, highlight=False)
+    for index, text in enumerate(prompts):
+        if index:
+            console.rule()
+        console.print(Text(text, style="dim"), end="")
+        console.print(_coloured(model, result, index) if show_drafts else Text(result.texts[index]))
+    if show_drafts:
+        _print_statistics(Console(stderr=True, highlight=False), result, draft_length)
+
+
+def _coloured(model: MTPModel, result: GenerationResult, index: int) -> Text:
+    assert model.tokenizer is not None, "texts were decoded with it"
+    tokens = (model.tokenizer.token_bytes(token_id) for token_id in result.token_ids[index])
+    text = Text()
+    for piece in pieces_of(tokens, result.origins[index]):
+        text.append(piece.text, style=DEPTH_STYLES[min(piece.depth, len(DEPTH_STYLES) - 1)])
+    return text
+
+
+def _print_statistics(console: Console, result: GenerationResult, draft_length: int) -> None:
+    legend = Text("\ntrunk ")
+    for depth in range(1, draft_length + 1):
+        legend.append(f" depth {depth} ", style=DEPTH_STYLES[min(depth, len(DEPTH_STYLES) - 1)])
+    console.print(legend)
+    stats, num_new = result.stats, sum(len(ids) for ids in result.token_ids)
+    rate = (num_new - len(result.token_ids)) / result.decode_s if result.decode_s else 0.0
+    console.print(
+        f"{num_new} tokens, {result.num_trunk_forwards} trunk forwards, {rate:.0f} tokens/s; "
+        f"N = {draft_length}: mean acceptance length {stats.mean_acceptance_length:.2f}, "
+        f"accepted {stats.num_accepted_tokens} of {stats.num_draft_tokens} drafted"
+    )

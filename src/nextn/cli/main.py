@@ -1,0 +1,55 @@
+"""The `nextn` command: all subcommands, and one place where a user's error becomes a message and an exit code."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import nextn
+from nextn.cli.demo import demo
+from nextn.cli.evaluate import evaluate
+from nextn.cli.generate import generate
+from nextn.cli.train import train
+from nextn.errors import NextnError
+
+app = typer.Typer(
+    help="Multi-token prediction for language models: train with it, measure it, decode losslessly with it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+for command in (demo, train, evaluate, generate):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(nextn.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Multi-token prediction for language models: train with it, measure it, decode losslessly with it."""
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 2 the user's error (message on standard error), 130 interrupted."""
+    try:
+        app()
+    except NextnError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the last checkpoint is complete, and `--resume` goes on from it")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

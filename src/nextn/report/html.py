@@ -1,0 +1,251 @@
+"""The report as one HTML page that needs nothing but itself: style, plots and text are inside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from nextn import checkpoint
+from nextn.config import Recipe
+from nextn.report import plots
+from nextn.report.schema import DecodingArm, RunReport, Sample
+
+# Depth 0 is drawn in ink. Depths 1..n take colours along these ramps, in which hue and lightness both change, so that
+# the order shows without colour vision too.
+_DEPTH_RAMP = {"light": ("#0f7ba8", "#3462cf", "#6d2fa3"), "dark": ("#8fe0ff", "#74a5ff", "#b48cf5")}
+_ARM_COLOURS = {
+    "light": ("#c2410c", "#0b7a5e", "#8a6a00", "#475569"),
+    "dark": ("#ff9d66", "#4fd0a5", "#e3c04b", "#a9b4c4"),
+}
+TIMES, NOT_MEASURED = "\u00d7", "\u2013"
+_TINT_OPACITY = {"light": (0.16, 0.30), "dark": (0.24, 0.42)}  # of the first and the last depth
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One of the large figures at the top."""
+
+    value: str
+    label: str
+    detail: str
+
+
+def render(report: RunReport) -> str:
+    """The whole page as text. Everything that comes from outside (text, settings, names) is escaped."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "percent": percent, "fixed": fixed, "count": count, "duration": duration, "visible": visible,
+    }  # fmt: skip
+    template = environment.from_string(
+        importlib.resources.files("nextn.report").joinpath("report.html.j2").read_text(encoding="utf-8")
+    )
+    longest = max([report.model.num_depths, *(arm.draft_length for arm in report.arms)])
+    return template.render(
+        report=report,
+        headline=headline(report),
+        figures=key_figures(report),
+        plots=_plots(report),
+        colours={theme: _colours(theme, longest) for theme in _DEPTH_RAMP},
+        sample_groups=_group_by_prompt(report.samples),
+        used_depths=sorted({piece.depth for sample in report.samples for piece in sample.pieces}),
+        longest=longest,
+        settings=list(settings_rows(report.settings, Recipe)),
+        provenance=list(flattened(report.provenance)),
+    )
+
+
+def write_report(report: RunReport, path: Path) -> None:
+    """Render to `path`, atomically, replacing an older file. Raises CheckpointError when that cannot be written."""
+    checkpoint.write_text(path, render(report))
+
+
+def headline(report: RunReport) -> list[str]:
+    """The result in a few plain sentences, good or bad."""
+    model, training = report.model, report.training
+    kind = "mixture-of-experts " if model.num_routed_experts else ""
+    aim = f"to predict the next {model.num_depths + 1} tokens at every position instead of one"
+    sentences = [
+        f"A {count(model.num_parameters)}-parameter {kind}language model was trained for "
+        f"{duration(training.duration_s)} on {count(training.num_tokens)} tokens of {report.data.corpus}, "
+        f"{aim if model.num_depths else 'without multi-token prediction'}."
+    ]
+    if not report.arms:
+        return [*sentences, "It was not decoded in this run."]
+    drafted = " and ".join(sorted({str(arm.draft_length) for arm in report.arms}))
+    lengths = " and ".join(f"{fixed(arm.mean_acceptance_length)} ({manner(arm)})" for arm in report.arms)
+    speeds = " and ".join(f"{fixed(arm.speedup.median)} times ({arm.name})" for arm in report.arms)
+    sentences += [
+        f"Drafting {drafted} tokens at a time to continue held-out text, it emits {lengths} tokens per trunk forward.",
+        f"By the clock, it decodes at {speeds} the speed of plain decoding in the same run.",
+    ]
+    if any(arm.speedup.median < 1 for arm in report.arms):
+        sentences.append("A factor below 1 is slower: there, leave speculation off.")
+    for arm in report.arms:
+        if arm.num_identical_outputs is None:
+            continue
+        if arm.num_identical_outputs == arm.num_compared_outputs:
+            sentences.append(f"All {arm.num_compared_outputs} {arm.name} outputs equal plain decoding token for token.")
+        else:
+            sentences.append(
+                f"Warning: only {arm.num_identical_outputs} of {arm.num_compared_outputs} {arm.name} outputs equal "
+                f"plain decoding; lossless decoding must give all."
+            )
+    return sentences
+
+
+def key_figures(report: RunReport) -> list[Figure]:
+    """The figures one looks for first, each with what it means."""
+    figures = [
+        Figure(
+            fixed(arm.mean_acceptance_length),
+            f"tokens per forward, {arm.name}",
+            f"mean acceptance length, N = {arm.draft_length}",
+        )
+        for arm in report.arms
+    ]
+    figures += [
+        Figure(
+            f"{fixed(arm.speedup.median)}{TIMES}",
+            f"speedup, {arm.name}",
+            f"wall clock, {fixed(arm.speedup.lowest)}\u00a0to\u00a0{fixed(arm.speedup.highest)}",
+        )
+        for arm in report.arms
+    ]
+    figures += [
+        Figure(
+            f"{arm.num_identical_outputs} of {arm.num_compared_outputs}",
+            "identical outputs",
+            f"{arm.name}, against plain",
+        )
+        for arm in report.arms
+        if arm.num_identical_outputs is not None
+    ]
+    figures.append(
+        Figure(fixed(report.teacher_forced.bits_per_byte_per_depth[0]), "bits per byte", "next token, held-out text")
+    )
+    return figures
+
+
+def settings_rows(table: Mapping[str, Any], kind: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """(name, value, meaning) of every setting; the meaning comes from the settings class, empty for a key it lacks."""
+    hints = typing.get_type_hints(kind)
+    meanings = {field.name: field.metadata.get("doc", "") for field in dataclasses.fields(kind)}
+    for key, value in table.items():
+        hint = hints.get(key)
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(hint):
+            yield from settings_rows(value, hint, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", plain(value), meanings.get(key, "")
+
+
+def flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, value) of every leaf of a nested table."""
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", plain(value)
+
+
+def visible(text: str) -> str:
+    """Text whose control characters, which HTML forbids, are replaced by their pictures; tabs and line ends stay.
+
+    >>> visible("a\\x00b")
+    'a␀b'
+    """
+    text = text.encode("utf-8", errors="replace").decode("utf-8")  # lone surrogates cannot be written
+    return _CONTROL.sub(lambda match: "␡" if match.group() == "\x7f" else chr(0x2400 + ord(match.group())), text)
+
+
+def manner(arm: DecodingArm) -> str:
+    """How the arm chooses tokens, for readers: `greedy`, or its name with the temperature."""
+    return arm.name if arm.temperature == 0 else f"{arm.name} at temperature {arm.temperature:g}"
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """`0.123` as `12%`; a dash for what was not measured."""
+    return NOT_MEASURED if share is None else f"{share:.{digits}%}"
+
+
+def fixed(value: float | None, digits: int = 2) -> str:
+    """A number with a fixed number of decimals; a dash for what was not measured."""
+    return NOT_MEASURED if value is None else f"{value:.{digits}f}"
+
+
+def count(number: int) -> str:
+    """A count with three digits: `4 310 000` as `4.31M`."""
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return str(number)
+
+
+def duration(seconds: float) -> str:
+    """`251.0` as `4 min 11 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def plain(value: Any) -> str:
+    """A setting or fact as text: lists without brackets, None as `none`, booleans in lower case."""
+    if isinstance(value, list | tuple):
+        return " ".join(plain(item) for item in value) or "none"
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return "none" if isinstance(value, Mapping) else visible(str(value))
+
+
+def _plots(report: RunReport) -> dict[str, Markup]:
+    """Plots by name; one that has nothing to show is left out."""
+    svgs: dict[str, str | None] = {"experts": plots.expert_load_plot(report.training.history)}
+    if report.training.history:
+        svgs["loss"] = plots.loss_plot(report.training.history)
+    if report.model.num_depths:
+        svgs["kinds"] = plots.acceptance_kinds_plot(report.teacher_forced, report.arms)
+    if report.arms:
+        svgs["by_depth"] = plots.acceptance_by_depth_plot(report.arms)
+        svgs["lengths"] = plots.accepted_length_plot(report.arms)
+        svgs["rates"] = plots.tok_per_s_plot(report.arms)
+    return {name: Markup(svg) for name, svg in svgs.items() if svg is not None}
+
+
+def _group_by_prompt(samples: Sequence[Sample]) -> list[tuple[str, list[Sample]]]:
+    """Samples of one prompt together, in order of first appearance."""
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.prompt, []).append(sample)
+    return list(groups.items())
+
+
+def _colours(theme: str, num_depths: int) -> Markup:
+    """CSS variables of one theme: `--depth-k`, `--tint-k` (background of a token from depth k) and `--arm-i`."""
+    first, last = _TINT_OPACITY[theme]
+    lines = ["--depth-0: var(--ink);"]
+    for depth in range(1, num_depths + 1):
+        along = (depth - 1) / max(1, num_depths - 1)
+        red, green, blue = _interpolate(_DEPTH_RAMP[theme], along)
+        lines.append(f"--depth-{depth}: rgb({red} {green} {blue});")
+        lines.append(f"--tint-{depth}: rgb({red} {green} {blue} / {first + along * (last - first):.2f});")
+    lines += [f"--arm-{index}: {colour};" for index, colour in enumerate(_ARM_COLOURS[theme])]
+    return Markup(" ".join(lines))
+
+
+def _interpolate(ramp: Sequence[str], along: float) -> tuple[int, ...]:
+    place = along * (len(ramp) - 1)
+    index = min(int(place), len(ramp) - 2)
+    left, right = (tuple(bytes.fromhex(colour[1:])) for colour in ramp[index : index + 2])
+    return tuple(round(a + (place - index) * (b - a)) for a, b in zip(left, right, strict=True))

@@ -1,0 +1,144 @@
+"""Measuring a trained model: free-running acceptance while training, and decoding arms side by side afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nextn.config import EvaluationConfig
+from nextn.data import PackedTokens, validation_prompts
+from nextn.decoding import GenerationResult, generate
+from nextn.mtp import MTPModel
+from nextn.report.repetition import repeated_text_share
+from nextn.report.schema import DecodingArm, Sample, pieces_of
+
+ARMS = {"greedy": 0.0, "sampled": 1.0}
+"""Every model is measured greedily and sampled at temperature 1: greedy text that loops flatters acceptance."""
+
+
+@dataclass(frozen=True)
+class HeldOutPrompts:
+    """Prompts cut from held-out documents, and how their documents go on, both as token ids."""
+
+    prompts: tuple[list[int], ...]
+    continuations: tuple[list[int], ...]
+
+
+def held_out_prompts(validation: PackedTokens, config: EvaluationConfig) -> HeldOutPrompts:
+    """`num_prompts` prompts of `prompt_length` tokens, each with the `max_new_tokens` that follow it in its document."""
+    length = config.prompt_length + config.max_new_tokens
+    spans = validation_prompts(validation, length, config.num_prompts)
+    return HeldOutPrompts(
+        prompts=tuple(span[: config.prompt_length].tolist() for span in spans),
+        continuations=tuple(span[config.prompt_length :].tolist() for span in spans),
+    )
+
+
+def acceptance_probe(validation: PackedTokens, config: EvaluationConfig) -> Callable[[MTPModel], dict[str, Any]] | None:
+    """A function for the trainer: free-running acceptance by decoding, greedy and sampled; None if none is wanted."""
+    if config.num_prompts == 0 or config.draft_length == 0:
+        return None
+    prompts = held_out_prompts(validation, config).prompts
+
+    def probe(model: MTPModel) -> dict[str, Any]:
+        if model.scheme is None:
+            return {}
+        return {
+            name: _decode(model, prompts, config, config.draft_length, temperature).stats.to_table()
+            for name, temperature in ARMS.items()
+        }
+
+    return probe
+
+
+def measure_arm(
+    model: MTPModel,
+    held_out: HeldOutPrompts,
+    config: EvaluationConfig,
+    name: str,
+    num_repeats: int,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[DecodingArm, tuple[Sample, ...]]:
+    """Decode all prompts plainly and speculatively, in turn, `num_repeats` times after a warm-up.
+
+    Rates are new tokens per second of decoding, reading the prompt with the trunk left out; both arms run the same
+    loop, weights, threads and sampler. A repeat's order alternates, so that neither arm always runs first.
+
+    Args:
+        model: with MTP depths and a tokenizer, in evaluation mode.
+        held_out: what to decode.
+        config: draft_length (N) and max_new_tokens.
+        name: a key of `ARMS`.
+        num_repeats: timed pairs.
+        progress: called after each decoding of all prompts (2 * num_repeats times).
+
+    Returns:
+        The arm, and the speculative texts of the first repeat with the origin of each token.
+    """
+    temperature = ARMS[name]
+    rates: dict[int, list[float]] = {0: [], config.draft_length: []}
+    results: dict[int, GenerationResult] = {}
+    for draft_length in rates:  # warm-up
+        _decode(model, held_out.prompts[:1], config, draft_length, temperature)
+    for repeat in range(num_repeats):
+        for draft_length in sorted(rates, reverse=repeat % 2 == 1):
+            result = _decode(model, held_out.prompts, config, draft_length, temperature)
+            results.setdefault(draft_length, result)
+            rates[draft_length].append(_decoded_tokens(result) / result.decode_s)
+            progress()
+    plain, speculative = results[0], results[config.draft_length]
+    is_greedy = temperature == 0.0
+    identical = sum(a == b for a, b in zip(plain.token_ids, speculative.token_ids, strict=True))
+    arm = DecodingArm.of_statistics(
+        name,
+        temperature,
+        speculative.stats,
+        plain_tok_per_s=rates[0],
+        speculative_tok_per_s=rates[config.draft_length],
+        num_prompts=len(held_out.prompts),
+        num_new_tokens=sum(len(ids) for ids in speculative.token_ids),
+        num_identical_outputs=identical if is_greedy else None,
+        num_compared_outputs=len(held_out.prompts) if is_greedy else None,
+        repeated_text_share_plain=mean_repeated_share(plain.token_ids),
+        repeated_text_share_speculative=mean_repeated_share(speculative.token_ids),
+    )
+    return arm, _samples(model, name, held_out, speculative)
+
+
+def mean_repeated_share(outputs: Sequence[Sequence[int]]) -> float:
+    """`repeated_text_share` of several outputs together, weighted by their lengths."""
+    lengths = [len(output) for output in outputs]
+    return float(np.average([repeated_text_share(output) for output in outputs], weights=lengths))
+
+
+def _decode(
+    model: MTPModel, prompts: Sequence[list[int]], config: EvaluationConfig, draft_length: int, temperature: float
+) -> GenerationResult:
+    """All prompts to the same length: text is not ended at EOS, so that all arms do equal work."""
+    return generate(
+        model,
+        prompts,
+        max_new_tokens=config.max_new_tokens,
+        draft_length=draft_length,
+        temperature=temperature,
+        eos_token_id=None,
+    )
+
+
+def _decoded_tokens(result: GenerationResult) -> int:
+    """New tokens less each row's first, which comes from reading the prompt."""
+    return sum(len(ids) - 1 for ids in result.token_ids)
+
+
+def _samples(model: MTPModel, arm: str, held_out: HeldOutPrompts, result: GenerationResult) -> tuple[Sample, ...]:
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        return ()
+    rows = zip(held_out.prompts, result.token_ids, result.origins, strict=True)
+    return tuple(
+        Sample(arm, tokenizer.decode(prompt), pieces_of((tokenizer.token_bytes(i) for i in ids), origins))
+        for prompt, ids, origins in rows
+    )

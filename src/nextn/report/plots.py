@@ -1,0 +1,311 @@
+"""The report's plots: matplotlib figures as inline SVG that takes its colours and font from the page.
+
+matplotlib knows only fixed colours, so each role is drawn in a stand-in colour that is replaced by a CSS variable
+afterwards (`_ROLES`): one SVG serves the light and the dark theme. Text stays text. All plots share one size, so that
+type has the same size everywhere; every number a plot shows also stands in a table of the page.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from nextn.report.schema import DecodingArm, TeacherForcedFacts
+
+WIDTH, HEIGHT = 410, 280  # px of the page at scale 1
+NUM_ARM_COLOURS = 4
+MAX_BARS_WITH_NUMBERS = 10  # more would overlap
+
+_INK, _MUTED, _FRAME = "#010101", "#020202", "#030303"
+_ROLES = {_INK: "--ink", _MUTED: "--muted", _FRAME: "--frame"}
+_STYLE: dict[Any, Any] = {
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "nextn",
+    "font.size": 12,
+    "text.color": _INK,
+    "axes.edgecolor": _FRAME,
+    "axes.labelcolor": _MUTED,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": _FRAME,
+    "grid.linewidth": 0.7,
+    "xtick.color": _FRAME,
+    "ytick.color": _FRAME,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.solid_capstyle": "round",
+}
+_DEPTH_MARKERS = "osD^vP"
+_ARM_MARKERS = "oDsP"
+_styled = matplotlib.rc_context(_STYLE)  # as a decorator: the settings hold while a plot is made, and only then
+
+
+@_styled
+def loss_plot(history: Sequence[Mapping[str, Any]]) -> str:
+    """Cross-entropy per depth over trained tokens: training as a running mean, evaluations as markers."""
+    train = [line for line in history if line["kind"] == "train"]
+    evaluations = [line for line in history if line["kind"] == "evaluation"]
+    figure, axes = _figure(height=1.2 * HEIGHT)
+    num_depths = len(history[0]["loss_per_depth"])
+    scale, unit = _token_unit(max(line["num_tokens"] for line in history))
+    ends: list[tuple[float, str, str]] = []
+    settled: list[float] = []  # losses after the first tenth of training decide the frame
+    for depth in range(num_depths):
+        tokens = [line["num_tokens"] / scale for line in train]
+        smooth = _running_mean([_number(line["loss_per_depth"][depth]) for line in train])
+        axes.plot(tokens, smooth, color=_depth_colour(depth), linewidth=1.2, alpha=0.65)
+        marks = [_number(line["loss_per_depth"][depth]) for line in evaluations]
+        axes.plot(
+            [line["num_tokens"] / scale for line in evaluations],
+            marks,
+            _DEPTH_MARKERS[depth % len(_DEPTH_MARKERS)],
+            color=_depth_colour(depth),
+            markersize=5,
+        )
+        settled += [value for value in smooth[len(smooth) // 10 :] + marks if math.isfinite(value)]
+        if last := [value for value in marks or smooth if math.isfinite(value)]:
+            ends.append((last[-1], f"depth {depth}: {last[-1]:.2f}", _depth_colour(depth)))
+    axes.set_xlim(left=0, right=max(line["num_tokens"] for line in history) / scale * 1.03)
+    if settled:
+        lowest, highest = min(settled), max(settled)
+        axes.set_ylim(lowest - 0.08 * (highest - lowest), highest + 0.02 * (highest - lowest))
+    axes.set_xlabel(f"trained tokens ({unit})")
+    axes.set_ylabel("loss (nats per token)")
+    _label_ends(axes, ends)
+    alternative = "Loss per depth over trained tokens; last values: " + ", ".join(text for _, text, _ in ends)
+    return _svg(figure, "loss", alternative)
+
+
+@_styled
+def acceptance_kinds_plot(teacher_forced: TeacherForcedFacts, arms: Sequence[DecodingArm]) -> str:
+    """For each depth k >= 1: teacher_forced_accuracy, main_agreement, and conditional acceptance of every arm."""
+    num_depths = len(teacher_forced.main_agreement)
+    names = ["teacher_forced_accuracy", "main_agreement", *(f"acceptance, {arm.name}" for arm in arms)]
+    rows: list[tuple[int, str, float, str]] = []
+    for depth in range(1, num_depths + 1):
+        values = [teacher_forced.teacher_forced_accuracy[depth], teacher_forced.main_agreement[depth - 1]]
+        values += [
+            _number(arm.acceptance_conditional[depth - 1]) if depth <= arm.draft_length else math.nan for arm in arms
+        ]
+        rows += [(depth, name, value, f"{value:.0%}") for name, value in zip(names, values, strict=True)]
+    figure, axes = _figure(height=max(HEIGHT, 60 + 22 * len(rows) + 14 * num_depths))
+    places = [index + 0.7 * (index // len(names)) for index in range(len(rows))]
+    for place, (depth, name, value, text) in zip(places, rows, strict=True):
+        if math.isfinite(value):
+            decoded = name.startswith("acceptance")
+            axes.barh(place, value, height=0.62, color=_depth_colour(depth), alpha=0.9 if decoded else 0.45)
+            axes.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center", fontsize=11)
+    axes.set_yticks(places, [name for _, name, _, _ in rows], fontsize=11)
+    for depth in range(1, num_depths + 1):
+        axes.annotate(
+            f"depth {depth}",
+            (1, places[(depth - 1) * len(names)]),
+            (4, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va="center",
+            color=_depth_colour(depth),
+            fontweight="bold",
+        )
+    axes.set_ylim(places[-1] + 0.6, -0.6)
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.grid(visible=False)  # it would show through the pale bars, and every bar has its number
+    axes.set_xlabel("share of drafted or predicted tokens")
+    alternative = "Three kinds of acceptance: " + "; ".join(
+        f"depth {depth} {name} {text}" for depth, name, value, text in rows if math.isfinite(value)
+    )
+    return _svg(figure, "kinds", alternative)
+
+
+@_styled
+def acceptance_by_depth_plot(arms: Sequence[DecodingArm]) -> str:
+    """Free-running acceptance of drafted token 1..N: conditional solid, unconditional dashed, one colour per arm."""
+    figure, axes = _figure()
+    conditional_ends, unconditional_ends, texts = [], [], []
+    for index, arm in enumerate(arms):
+        depths = list(range(1, arm.draft_length + 1))
+        conditional = [_number(value) for value in arm.acceptance_conditional]
+        unconditional = [_number(value) for value in arm.acceptance_unconditional]
+        colour, marker = _arm_colour(index), _ARM_MARKERS[index % len(_ARM_MARKERS)]
+        axes.plot(depths, conditional, "-", marker=marker, color=colour, linewidth=1.8, markersize=6)
+        axes.plot(depths, unconditional, "--", marker=marker, color=colour, linewidth=1.4, markersize=6, mfc="none")
+        conditional_ends.append((conditional[-1], f"{arm.name}, conditional", colour))
+        unconditional_ends.append((unconditional[-1], f"{arm.name}, unconditional", colour))
+        texts += [f"{arm.name} token {d} {c:.0%} conditional, {u:.0%} unconditional" for d, c, u in
+                  zip(depths, conditional, unconditional, strict=True)]  # fmt: skip
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    longest = max(arm.draft_length for arm in arms)
+    axes.set_xlim(0.85, longest + 0.15)
+    axes.set_xticks(range(1, longest + 1))
+    axes.grid(visible=False, axis="x")
+    axes.set_xlabel("drafted token (depth)")
+    axes.set_ylabel("acceptance")
+    _label_ends(axes, [end for end in conditional_ends + unconditional_ends if math.isfinite(end[0])])
+    return _svg(figure, "by-depth", "Acceptance by depth: " + "; ".join(texts))
+
+
+@_styled
+def accepted_length_plot(arms: Sequence[DecodingArm]) -> str:
+    """Histogram: share of verify cycles that accepted 0, 1, .. N drafted tokens, one bar per arm."""
+    figure, axes = _figure()
+    longest = max(arm.draft_length for arm in arms)
+    width = 0.84 / len(arms)
+    texts = []
+    for index, arm in enumerate(arms):
+        num_cycles = sum(arm.histogram) or 1
+        for num_accepted, count in enumerate(arm.histogram):
+            place = num_accepted + (index - (len(arms) - 1) / 2) * width
+            share = count / num_cycles
+            axes.bar(place, share, width=width * 0.92, color=_arm_colour(index))
+            if len(arms) * (longest + 1) <= MAX_BARS_WITH_NUMBERS:
+                axes.annotate(
+                    f"{share:.0%}", (place, share), (0, 3), textcoords="offset points", ha="center", fontsize=11
+                )
+            texts.append(f"{arm.name} {num_accepted} accepted {share:.0%}")
+        axes.annotate(
+            arm.name, (1, 1), (0, -4 - 17 * index), xycoords="axes fraction", textcoords="offset points",
+            ha="right", va="top", color=_arm_colour(index), fontweight="bold",
+        )  # fmt: skip
+    top = axes.get_ylim()[1] * 1.25  # room for the arms' names
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_yticks([share for share in MaxNLocator(5).tick_values(0, top) if share <= min(1, top)])
+    axes.set_ylim(0, top)
+    axes.set_xticks(range(longest + 1))
+    axes.grid(visible=False, axis="x")
+    axes.set_xlabel("drafted tokens accepted in a cycle")
+    axes.set_ylabel("share of cycles")
+    return _svg(figure, "lengths", "Accepted lengths: " + "; ".join(texts))
+
+
+@_styled
+def tok_per_s_plot(arms: Sequence[DecodingArm]) -> str:
+    """Wall-clock rate of plain and speculative decoding: every repeat a dot, the median a bar with its value."""
+    rows = []
+    for index, arm in enumerate(arms):
+        rows.append((f"{arm.name}\nplain", arm.plain_tok_per_s, _arm_colour(index), False))
+        rows.append((f"{arm.name}\nspeculative", arm.speculative_tok_per_s, _arm_colour(index), True))
+    figure, axes = _figure(height=max(HEIGHT, 60 + 60 * len(rows)))
+    texts = []
+    for row, (name, rates, colour, filled) in enumerate(rows):
+        place = row + 0.35 * (row // 2)
+        spread = [place + 0.16 * math.sin(2.4 * index) for index in range(len(rates))]  # apart, and the same every time
+        axes.scatter(rates, spread, s=34, facecolors=colour if filled else "none", edgecolors=colour, alpha=0.75)
+        median = statistics.median(rates)
+        axes.plot([median, median], [place - 0.32, place + 0.32], color=_INK, linewidth=2)
+        axes.annotate(
+            f"{median:.0f}", (median, place - 0.34), (0, 2), textcoords="offset points", ha="center", va="bottom",
+            fontweight="bold", fontsize=11,
+        )  # fmt: skip
+        texts.append(f"{name.replace(chr(10), ' ')} median {median:.0f}, {min(rates):.0f} to {max(rates):.0f}")
+    axes.set_yticks([row + 0.35 * (row // 2) for row in range(len(rows))], [name for name, *_ in rows])
+    axes.set_ylim(len(rows) - 1 + 0.35 * ((len(rows) - 1) // 2) + 0.6, -0.8)
+    axes.set_xlim(left=0, right=max(max(rates) for _, rates, _, _ in rows) * 1.08)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("new tokens per second, batch 1")
+    return _svg(figure, "rates", "Tokens per second: " + "; ".join(texts))
+
+
+@_styled
+def expert_load_plot(history: Sequence[Mapping[str, Any]]) -> str | None:
+    """Load of the busiest expert of the worst layer over the mean load; None for a dense model."""
+    lines = [line for line in history if line["kind"] == "train" and line.get("expert_load_max_over_mean") is not None]
+    if not lines:
+        return None
+    figure, axes = _figure()
+    scale, unit = _token_unit(lines[-1]["num_tokens"])
+    loads = [line["expert_load_max_over_mean"] for line in lines]
+    tokens = [line["num_tokens"] / scale for line in lines]
+    axes.plot(tokens, loads, color=_depth_colour(0), linewidth=0.7, alpha=0.35)
+    axes.plot(tokens, _running_mean(loads), color=_depth_colour(0), linewidth=1.8)
+    axes.axhline(1.0, color=_MUTED, linewidth=1, linestyle=(0, (2, 2)))
+    axes.annotate("1 = perfectly even", (0.02, 1.0), (0, -4), xycoords=("axes fraction", "data"),
+                  textcoords="offset points", va="top", color=_MUTED, fontsize=11)  # fmt: skip
+    axes.set_xlim(left=0, right=tokens[-1] * 1.03)
+    axes.set_ylim(bottom=min(0.75, min(loads) * 0.9))
+    axes.set_xlabel(f"trained tokens ({unit})")
+    axes.set_ylabel("busiest expert / mean load")
+    return _svg(figure, "experts", f"Busiest expert: at first {loads[0]:.2f}, at last {loads[-1]:.2f} times the mean")
+
+
+def _figure(height: float = HEIGHT) -> tuple[Figure, Axes]:
+    figure = Figure((WIDTH / 72, height / 72), dpi=72, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _svg(figure: Figure, name: str, alternative: str) -> str:
+    """The figure as one `<svg>` element for an HTML page: no prolog, metadata, style or fixed colour, unique ids."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue().decode("utf-8")
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    view_box = re.search(r'viewBox="([^"]*)"', svg)
+    assert view_box is not None
+    label = re.sub(r'[<>&"]', " ", alternative)
+    svg = re.sub(r"<svg[^>]*>", f'<svg viewBox="{view_box.group(1)}" role="img" aria-label="{label}">', svg, count=1)
+    referenced = set(re.findall(r'(?:href="|url\()#([\w.]+)', svg))
+    svg = re.sub(r' id="([\w.]+)"', lambda m: f' id="{name}-{m.group(1)}"' if m.group(1) in referenced else "", svg)
+    svg = re.sub(r'xlink:href="#|url\(#', lambda m: f"{m.group().removeprefix('xlink:')}{name}-", svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?|font: ([\d.]+px) [^;\"]*", r"", svg)
+    svg = re.sub(r"#05([0-9a-f]{2})00", lambda m: f"var(--depth-{int(m.group(1), 16)})", svg)
+    svg = re.sub(r"#06([0-9a-f]{2})00", lambda m: f"var(--arm-{int(m.group(1), 16)})", svg)
+    for stand_in, variable in _ROLES.items():
+        svg = svg.replace(stand_in, f"var({variable})")
+    return re.sub(r"\s*\n\s*", " ", svg)
+
+
+def _depth_colour(depth: int) -> str:
+    return f"#05{depth:02x}00"
+
+
+def _arm_colour(index: int) -> str:
+    return f"#06{index % NUM_ARM_COLOURS:02x}00"
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _token_unit(num_tokens: int) -> tuple[float, str]:
+    return (1e6, "millions") if num_tokens >= 1_000_000 else (1e3, "thousands")
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Centred mean over a window of a fortieth of the points, fewer at the ends."""
+    reach = len(values) // 80
+    windows = [values[max(0, index - reach) : index + reach + 1] for index in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Name curves at their right ends, moved apart where the names would overlap; (height, text, colour) each."""
+    low, high = axes.get_ylim()
+    gap = 0.075 * (high - low)
+    ordered = sorted(ends)
+    heights = [height for height, _, _ in ordered]
+    for _ in range(100):  # push neighbours apart until nothing overlaps, and up from the frame's lower edge
+        heights[:1] = [max(height, low) for height in heights[:1]]
+        for index in range(1, len(heights)):
+            overlap = gap - (heights[index] - heights[index - 1])
+            if overlap > 0:
+                heights[index - 1] -= overlap / 2
+                heights[index] += overlap / 2
+    for height, (_, text, colour) in zip(heights, ordered, strict=True):
+        axes.annotate(text, (1, height), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+                      va="center", color=colour, fontsize=11.5, annotation_clip=False)  # fmt: skip

@@ -1,0 +1,288 @@
+"""What a report shows, as frozen dataclasses that go to JSON and come back equal.
+
+Every figure on the page is a field here; `plots` and `html` compute nothing but layout. Shares lie in 0..1, depth k and
+drafted token k are 1-based, K is the number of trained depths and N the number of drafted tokens per cycle.
+
+>>> Speedup.of_repeats(plain_tok_per_s=(100.0, 110.0, 90.0), speculative_tok_per_s=(150.0, 154.0, 144.0))
+Speedup(median=1.5, lowest=1.4, highest=1.6)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nextn import config
+from nextn.decoding.statistics import AcceptanceStatistics
+from nextn.errors import ConfigError
+
+TRAIN_KEYS = ("step", "num_tokens", "loss_per_depth")
+EVALUATION_KEYS = (*TRAIN_KEYS, "bits_per_byte_per_depth", "teacher_forced_accuracy", "main_agreement")
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The text trained on and the text held out from it, which every figure of the report is measured on."""
+
+    corpus: str
+    tokenizer: str
+    num_train_files: int
+    num_train_tokens: int
+    num_validation_files: int
+    num_validation_tokens: int
+    bytes_per_token: float  # of the held-out text
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Size of the model; a parameter shared by several modules counts once."""
+
+    num_parameters: int  # trunk and MTP modules
+    num_active_parameters: int  # of the trunk, those that one token passes through
+    num_mtp_parameters: int  # of the MTP modules alone: shared embedding and output head not counted
+    num_trunk_layers: int
+    num_depths: int  # K
+    hidden_size: int
+    vocab_size: int
+    num_routed_experts: int  # per layer; 0 for a dense model
+    num_experts_per_token: int
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """Length, rate and cost of training, and the lines of `metrics.jsonl` as they were written.
+
+    The cost of MTP is stated relative to training the same trunk without it (K = 0): 0.25 is a quarter more per token.
+    """
+
+    num_steps: int
+    num_tokens: int
+    duration_s: float
+    tok_per_s: float
+    mtp_flops_share: float  # predicted from floating-point operations
+    mtp_time_share: float | None  # measured; None when K = 0 was not timed beside it
+    history: tuple[dict, ...]  # objects with kind = "train" or "evaluation"
+
+    def __post_init__(self) -> None:
+        for index, line in enumerate(self.history):
+            wanted = {"train": TRAIN_KEYS, "evaluation": EVALUATION_KEYS}.get(line.get("kind", ""))
+            if wanted is None:
+                raise ConfigError(f"history[{index}].kind must be train or evaluation, got {line.get('kind')!r}")
+            if missing := [key for key in wanted if key not in line]:
+                raise ConfigError(
+                    f"history[{index}] ({line['kind']}) lacks {', '.join(missing)}; it has {sorted(line)}"
+                )
+
+
+@dataclass(frozen=True)
+class TeacherForcedFacts:
+    """Held-out text read with the true tokens as input; index 0 is depth 0 unless said otherwise."""
+
+    loss_per_depth: tuple[float, ...]  # [K+1], nats per token
+    bits_per_byte_per_depth: tuple[float, ...]  # [K+1]
+    teacher_forced_accuracy: tuple[float, ...]  # [K+1], argmax = label
+    main_agreement: tuple[float, ...]  # [K], index 0 is depth 1: argmax = the trunk's argmax for the same token
+
+    def __post_init__(self) -> None:
+        num_depths = len(self.loss_per_depth) - 1
+        _check_length("bits_per_byte_per_depth", self.bits_per_byte_per_depth, num_depths + 1)
+        _check_length("teacher_forced_accuracy", self.teacher_forced_accuracy, num_depths + 1)
+        _check_length("main_agreement", self.main_agreement, num_depths)
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Wall clock of plain decoding over that of speculative decoding, repeat by repeat; above 1 is faster."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of_repeats(cls, plain_tok_per_s: Sequence[float], speculative_tok_per_s: Sequence[float]) -> Speedup:
+        """Pair repeat i of one arm with repeat i of the other, which ran next to it, and take the ratios.
+
+        Args:
+            plain_tok_per_s: new tokens per second of plain decoding, one entry per repeat, at least one.
+            speculative_tok_per_s: the same of speculative decoding, as many.
+
+        Raises:
+            ValueError: no repeats, or not as many in one arm as in the other.
+        """
+        if not plain_tok_per_s or len(plain_tok_per_s) != len(speculative_tok_per_s):
+            raise ValueError(
+                f"speedup pairs repeats one by one, got {len(plain_tok_per_s)} plain and "
+                f"{len(speculative_tok_per_s)} speculative"
+            )
+        ratios = [fast / plain for fast, plain in zip(speculative_tok_per_s, plain_tok_per_s, strict=True)]
+        return cls(statistics.median(ratios), min(ratios), max(ratios))
+
+
+@dataclass(frozen=True)
+class DecodingArm:
+    """One way of decoding the held-out prompts, speculative and plain in turn on the same weights and device."""
+
+    name: str  # "greedy", "sampled"
+    temperature: float
+    draft_length: int  # N
+    num_prompts: int
+    num_new_tokens: int  # of one repeat of the speculative runs, all prompts together
+    histogram: tuple[int, ...]  # [N+1], index a: verify cycles that accepted a drafted tokens
+    mean_acceptance_length: float  # AL, bonus or correction token included
+    acceptance_rate: float | None  # accepted / drafted; None: nothing was drafted
+    acceptance_unconditional: tuple[float | None, ...]  # [N], index 0 is drafted token 1; None: never drafted
+    acceptance_conditional: tuple[float | None, ...]  # [N]; None: never reached
+    plain_tok_per_s: tuple[float, ...]  # one entry per repeat
+    speculative_tok_per_s: tuple[float, ...]
+    speedup: Speedup
+    num_identical_outputs: int | None  # greedy: outputs equal to plain decoding token for token; None: not comparable
+    num_compared_outputs: int | None
+    repeated_text_share_plain: float
+    repeated_text_share_speculative: float
+
+    def __post_init__(self) -> None:
+        if self.draft_length < 1:
+            raise ValueError(f"a speculative arm drafts at least 1 token, got draft_length = {self.draft_length}")
+        _check_length("histogram", self.histogram, self.draft_length + 1)
+        _check_length("acceptance_unconditional", self.acceptance_unconditional, self.draft_length)
+        _check_length("acceptance_conditional", self.acceptance_conditional, self.draft_length)
+        if (self.num_identical_outputs is None) != (self.num_compared_outputs is None):
+            raise ValueError("num_identical_outputs and num_compared_outputs are given together or not at all")
+        if self.speedup != Speedup.of_repeats(self.plain_tok_per_s, self.speculative_tok_per_s):
+            raise ValueError(f"{self.speedup} is not the speedup of the repeats given")
+
+    @classmethod
+    def of_statistics(
+        cls,
+        name: str,
+        temperature: float,
+        statistics: AcceptanceStatistics,
+        *,
+        plain_tok_per_s: Sequence[float],
+        speculative_tok_per_s: Sequence[float],
+        **counted: Any,
+    ) -> DecodingArm:
+        """An arm with its ratios taken from the statistics of decoding; `counted` are the other fields, by name."""
+        table = statistics.to_table()  # there a ratio without cases is None, not nan
+        return cls(
+            name=name,
+            temperature=temperature,
+            draft_length=statistics.draft_length,
+            histogram=statistics.histogram,
+            mean_acceptance_length=statistics.mean_acceptance_length,
+            acceptance_rate=table["acceptance_rate"],
+            acceptance_unconditional=tuple(table["acceptance_unconditional"]),
+            acceptance_conditional=tuple(table["acceptance_conditional"]),
+            plain_tok_per_s=tuple(plain_tok_per_s),
+            speculative_tok_per_s=tuple(speculative_tok_per_s),
+            speedup=Speedup.of_repeats(plain_tok_per_s, speculative_tok_per_s),
+            **counted,
+        )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The text of one generated token and the depth it came from: 0 is the trunk, k an accepted draft of depth k."""
+
+    text: str
+    depth: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated text; `arm` names the `DecodingArm` that made it."""
+
+    arm: str
+    prompt: str
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Everything `html.render` shows of one run."""
+
+    title: str
+    data: DataFacts
+    model: ModelFacts
+    training: TrainingFacts
+    teacher_forced: TeacherForcedFacts
+    arms: tuple[DecodingArm, ...]
+    repeated_text_share_held_out: float | None  # of the true continuations of the prompts, as long as the outputs
+    samples: tuple[Sample, ...]
+    notes: tuple[str, ...]  # what a reader must know to judge the figures, in plain sentences
+    settings: dict  # the resolved recipe, as `config.to_table` gives it
+    provenance: dict  # as `provenance.collect` gives it
+
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) < len(names):
+            raise ValueError(f"arms need names of their own, got {names}")
+        if unknown := sorted({sample.arm for sample in self.samples} - set(names)):
+            raise ValueError(f"samples name arms {unknown}, but the arms are {names}")
+
+
+def to_table(report: RunReport) -> dict[str, Any]:
+    """The report as nested dictionaries ready for JSON; `from_table` gives back an equal report.
+
+    JSON has no tuples: inside `settings`, `provenance` and `history`, which are taken as they are, they become lists.
+    """
+    return config.to_table(report)
+
+
+def from_table(table: Mapping[str, Any]) -> RunReport:
+    """Read what `to_table` wrote. Raises ConfigError naming the key that is unknown, missing or of the wrong type."""
+    _check_complete(RunReport, table, "report")
+    return config.from_table(RunReport, table, "report")
+
+
+def pieces_of(tokens: Iterable[bytes], depths: Iterable[int]) -> tuple[Piece, ...]:
+    """Text pieces of generated tokens, given as bytes, with the depth each came from.
+
+    A character that spans several tokens is shown whole in the piece of the token that completes it; bytes that are not
+    UTF-8 show as U+FFFD.
+
+    >>> [(piece.text, piece.depth) for piece in pieces_of([b"a", b"\\xc3", b"\\xa9"], [0, 1, 2])]
+    [('a', 0), ('é', 2)]
+    """
+    pieces: list[Piece] = []
+    pending = b""
+    depth = 0
+    for token, depth in zip(tokens, depths, strict=True):
+        pending += token
+        try:
+            text = pending.decode("utf-8")
+        except UnicodeDecodeError as error:
+            if error.reason == "unexpected end of data":  # the next token may complete the character
+                continue
+            text = pending.decode("utf-8", errors="replace")
+        pending = b""
+        pieces.append(Piece(text, depth))
+    if pending:
+        pieces.append(Piece(pending.decode("utf-8", errors="replace"), depth))
+    return tuple(pieces)
+
+
+def _check_length(name: str, values: Sequence[object], wanted: int) -> None:
+    if len(values) != wanted:
+        raise ValueError(f"{name} has {len(values)} entries, expected {wanted}")
+
+
+def _check_complete(kind: Any, value: Any, name: str) -> None:
+    """Raise ConfigError for a key that a dataclass below `kind` needs and `value` lacks; no field has a default."""
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        hints = typing.get_type_hints(kind)
+        if missing := sorted(hints.keys() - value.keys()):
+            raise ConfigError(f"{name} lacks {', '.join(missing)}: written by another version of nextn, or cut short")
+        for key, hint in hints.items():
+            _check_complete(hint, value[key], f"{name}.{key}")
+    elif typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_complete(typing.get_args(kind)[0], item, f"{name}[{index}]")
+    elif isinstance(kind, types.UnionType):
+        for part in typing.get_args(kind):
+            _check_complete(part, value, name)

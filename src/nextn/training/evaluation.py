@@ -1,0 +1,135 @@
+"""Teacher-forced evaluation on held-out rows: losses, bits per byte, accuracy and agreement with the trunk, per depth.
+
+The third kind of acceptance, the free-running one, needs decoding and is measured above this package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextn.alignment import align, count_labels, of_same_token
+from nextn.data import Batch
+from nextn.errors import DataError
+from nextn.mtp import MTPModel
+
+
+@dataclass(frozen=True)
+class TeacherForcedEvaluation:
+    """Every depth reads true tokens, also those it could only guess while decoding. Lists start with depth 0.
+
+    Attributes:
+        loss_per_depth: cross-entropy of depths 0..K, nats per label, [K+1].
+        bits_per_byte_per_depth: the same per byte of the held-out text, in bits, [K+1].
+        teacher_forced_accuracy: share of labels that are the depth's most likely token, [K+1].
+        main_agreement: share of positions where depth k and the trunk hold the same token most likely, counted where
+            depth k has a label, for depths 1..K, [K].
+        num_labels: labels counted, [K+1].
+    """
+
+    loss_per_depth: tuple[float, ...]
+    bits_per_byte_per_depth: tuple[float, ...]
+    teacher_forced_accuracy: tuple[float, ...]
+    main_agreement: tuple[float, ...]
+    num_labels: tuple[int, ...]
+
+    def to_table(self) -> dict[str, Any]:
+        """Plain lists by field name, for JSON."""
+        return {key: list(value) for key, value in dataclasses.asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class DepthCounts:
+    """Correct and agreeing predictions among a depth's labels, int64 scalars."""
+
+    num_correct: Tensor
+    num_agreeing: Tensor
+
+
+def count_predictions(
+    logits_per_depth: Sequence[Tensor], input_ids: Tensor, document_ids: Tensor | None = None
+) -> list[DepthCounts]:
+    """How many of each depth's labels its argmax hits, and how often it agrees with the trunk about the same token.
+
+    At position i, depth k and the trunk's position i+k predict the same token t[i+k+1] (`nextn.alignment`), the trunk
+    having read one true token more per depth.
+
+    Args:
+        logits_per_depth: of depths 0..K, depth k [B, T-k, V].
+        input_ids: int64 [B, T].
+        document_ids: int64 [B, T], or None: one document a row.
+
+    Returns:
+        K+1 counts; depth 0 agrees with itself everywhere.
+    """
+    trunk_choice = logits_per_depth[0].argmax(-1)
+    counts = []
+    for depth, logits in enumerate(logits_per_depth):
+        aligned = align(input_ids, depth, document_ids=document_ids)
+        choice = logits.argmax(-1)
+        agreeing = (choice == of_same_token(trunk_choice, depth)) & aligned.valid
+        counts.append(DepthCounts((choice == aligned.labels).sum(), agreeing.sum()))
+    return counts
+
+
+@torch.no_grad()
+def evaluate_teacher_forced(
+    model: MTPModel,
+    batch: Batch,
+    bytes_per_token: float,
+    *,
+    rows_per_forward: int | None = None,
+    isolate_documents: bool = True,
+) -> TeacherForcedEvaluation:
+    """Evaluate every depth on held-out rows. The model is left in the mode it was in.
+
+    Args:
+        model: on any device; the caller decides about autocast.
+        batch: held-out rows, [B, T].
+        bytes_per_token: bytes of held-out text per token, for bits per byte = nats / ln 2 / bytes_per_token.
+        rows_per_forward: rows computed at once; the result does not depend on it but for rounding. None: all.
+        isolate_documents: documents of a row do not see each other, as in training.
+
+    Raises:
+        DataError: some depth has no label at all in these rows.
+    """
+    num_depths = model.num_depths
+    input_ids = batch.input_ids.to(model.trunk.device)
+    document_ids = batch.document_ids.to(input_ids.device) if isolate_documents else None
+    num_labels = count_labels(input_ids, num_depths, document_ids=document_ids)
+    if not bool((num_labels > 0).all()):
+        raise DataError(
+            f"the held-out rows have {num_labels.tolist()} labels at depths 0..{num_depths}: documents are too short "
+            "for the deepest; lower mtp.num_depths or give longer documents"
+        )
+    step = rows_per_forward or input_ids.shape[0]
+    loss = torch.zeros(num_depths + 1, dtype=torch.float64, device=input_ids.device)
+    num_correct = torch.zeros(num_depths + 1, dtype=torch.int64, device=input_ids.device)
+    num_agreeing = torch.zeros_like(num_correct)
+    was_training = model.training
+    model.eval()
+    try:
+        for first in range(0, input_ids.shape[0], step):
+            ids = input_ids[first : first + step]
+            documents = None if document_ids is None else document_ids[first : first + step]
+            output = model(ids, document_ids=documents, denominators=num_labels.float())
+            counts = count_predictions(output.logits_per_depth, ids, documents)
+            loss += output.loss_per_depth
+            num_correct += torch.stack([count.num_correct for count in counts])
+            num_agreeing += torch.stack([count.num_agreeing for count in counts])
+    finally:
+        model.train(was_training)
+    nats = tuple(loss.tolist())
+    return TeacherForcedEvaluation(
+        loss_per_depth=nats,
+        bits_per_byte_per_depth=tuple(value / math.log(2) / bytes_per_token for value in nats),
+        teacher_forced_accuracy=tuple((num_correct / num_labels).tolist()),
+        main_agreement=tuple((num_agreeing / num_labels)[1:].tolist()),
+        num_labels=tuple(num_labels.tolist()),
+    )

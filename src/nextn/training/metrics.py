@@ -1,0 +1,108 @@
+"""metrics.jsonl: what happened in a run, one JSON object a line, written as it happens.
+
+    {"kind": "train", "step", "num_tokens", "loss", "loss_per_depth": [K+1], "mtp_weights": [K], "learning_rate",
+     "grad_norm", "tok_per_s", "elapsed_s", "expert_load_max_over_mean"}
+    {"kind": "evaluation", "step", "num_tokens", "loss_per_depth": [K+1], "bits_per_byte_per_depth": [K+1],
+     "teacher_forced_accuracy": [K+1], "main_agreement": [K], "num_labels": [K+1], "elapsed_s", "decoding": {...}}
+
+`step` counts finished optimizer steps and `num_tokens` the tokens they read; losses are in nats per label, numbers keep
+all their digits. `loss` is the total that was minimised. The loss of a depth that weighed 0 and was not computed is
+null. `tok_per_s` is the rate since the previous train line, evaluation and checkpoints left out.
+`expert_load_max_over_mean` is that of the worst layer in that step, null without experts. `decoding` is there when
+decoding was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nextn.errors import ConfigError
+
+TIMING_FIELDS = ("tok_per_s", "elapsed_s")
+"""Fields of a line that differ between two runs of one recipe; all others repeat bit for bit on one machine."""
+
+
+class MetricsWriter:
+    """Appends lines to metrics.jsonl, flushed one by one, and to TensorBoard event files if asked.
+
+    Args:
+        run_folder: where metrics.jsonl lies (and `tensorboard/`).
+        last_step: keep existing lines up to this step; later and half-written ones are cut off.
+        tensorboard: also write event files.
+
+    Raises:
+        ConfigError: `tensorboard` is True and the package is not installed.
+    """
+
+    def __init__(self, run_folder: Path, last_step: int, tensorboard: bool = False) -> None:
+        self.path = run_folder / "metrics.jsonl"
+        self._events = _open_events(run_folder / "tensorboard", last_step) if tensorboard else None
+        keep_lines(self.path, last_step)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one object. Raises ValueError for NaN and infinity, which JSON lacks."""
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in _scalars(record):
+                self._events.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics.jsonl; a line that was being written when the run was killed is left out."""
+    return [record for record, _ in _whole_lines(path)]
+
+
+def keep_lines(path: Path, last_step: int) -> None:
+    """Cut metrics.jsonl before the first line that is half-written or of a step after `last_step`."""
+    size = 0
+    for record, end in _whole_lines(path):
+        if record["step"] > last_step:
+            break
+        size = end
+    if path.exists():
+        os.truncate(path, size)
+
+
+def _whole_lines(path: Path) -> list[tuple[dict[str, Any], int]]:
+    """Each whole line's object and where the line ends, in bytes."""
+    if not path.exists():
+        return []
+    lines, end = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        end += len(line)
+        if line.endswith(b"\n"):
+            lines.append((json.loads(line), end))
+    return lines
+
+
+def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
+    scalars = []
+    for key, value in record.items():
+        name = f"{record['kind']}/{key}"
+        if isinstance(value, int | float) and key != "step":
+            scalars.append((name, float(value)))
+        elif isinstance(value, list):
+            scalars += [(f"{name}/{index}", float(item)) for index, item in enumerate(value) if item is not None]
+    return scalars
+
+
+def _open_events(folder: Path, last_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            "training.tensorboard = true, but TensorBoard is not installed: pip install 'nextn[tensorboard]', "
+            "or set training.tensorboard = false (metrics.jsonl is written in any case)"
+        ) from None
+    return SummaryWriter(str(folder), purge_step=last_step + 1)

@@ -1,0 +1,177 @@
+"""The optimizer of a run: AdamW, or Muon for hidden matrices and AdamW for the rest; and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from nextn.config import OptimizerConfig
+from nextn.errors import CheckpointError
+from nextn.training.muon import BatchedMuon
+
+Role = Literal["matrix", "embedding", "router", "vector"]
+
+
+def learning_rate_factor(config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """Learning rate of a step relative to the peak, in [0, 1].
+
+    Linear warm-up reaches 1 at the last warm-up step; from there `cosine` falls to `final_learning_rate_ratio` at the
+    last step, `wsd` stays at 1 and falls linearly over the last `decay_share` of all steps, `constant` stays at 1. A
+    wsd decay that would start within the warm-up starts after it.
+
+    Args:
+        config: schedule, num_warmup_steps, decay_share, final_learning_rate_ratio.
+        step: 0-based index of the step about to be taken.
+        num_steps: steps of the whole run.
+
+    Raises:
+        ValueError: step lies outside 0..num_steps - 1.
+
+    >>> config = OptimizerConfig(schedule="cosine", num_warmup_steps=2, final_learning_rate_ratio=0.5)
+    >>> [round(learning_rate_factor(config, step, 4), 2) for step in range(4)]
+    [0.5, 1.0, 0.75, 0.5]
+    """
+    if not 0 <= step < num_steps:
+        raise ValueError(f"step must lie in 0..{num_steps - 1}, got {step}")
+    num_done = step + 1
+    if num_done <= config.num_warmup_steps:
+        return num_done / config.num_warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    final = config.final_learning_rate_ratio
+    if config.schedule == "cosine":
+        progress = (num_done - config.num_warmup_steps) / (num_steps - config.num_warmup_steps)
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    start = max(num_steps - round(config.decay_share * num_steps), config.num_warmup_steps)
+    return 1.0 if num_done <= start else 1 - (1 - final) * (num_done - start) / (num_steps - start)
+
+
+def role_of(name: str, parameter: Tensor) -> Role:
+    """What a parameter is to the optimizer, from its DeepSeek name and shape.
+
+    `embedding`: the token embedding and the output head; `router`: the experts' scoring matrix; `vector`: norms and
+    biases; `matrix`: every other weight, stacks of expert matrices included.
+
+    >>> role_of("model.layers.1.mlp.gate.weight", torch.zeros(8, 16))
+    'router'
+    """
+    if parameter.ndim < 2:
+        return "vector"
+    parts = name.split(".")
+    if "embed_tokens" in parts or "lm_head" in parts or parts[-3:-1] == ["shared_head", "head"]:
+        return "embedding"
+    return "router" if parts[-2:] == ["gate", "weight"] else "matrix"
+
+
+class TrainingOptimizer:
+    """Steps a model's parameters, each once however many modules share it.
+
+    With `adamw` everything is AdamW. With `muon`, hidden matrices (role `matrix`, of trunk and MTP modules alike) go to
+    Muon at `muon_learning_rate`, and the rest to AdamW at `learning_rate`. Weight decay applies to whatever has two or
+    more dimensions. Muon's rate is scaled by sqrt(max(1, rows / columns)), under which 0.02 is the usual peak.
+
+    Args:
+        model: its `named_parameters` that require gradients are stepped.
+        config: rates, decay, schedule.
+        num_steps: steps of the whole run, which the schedule needs.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, num_steps: int) -> None:
+        self.config = config
+        self.num_steps = num_steps
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        roles = {name: role_of(name, p) for name, p in self.parameters.items()}
+        by_muon = [name for name, role in roles.items() if config.name == "muon" and role == "matrix"]
+        by_adamw = [name for name in roles if name not in set(by_muon)]
+        self._optimizer_of: dict[str, torch.optim.Optimizer] = {}
+        self._peaks: list[tuple[torch.optim.Optimizer, float]] = []  # each optimizer with its peak learning rate
+        if by_adamw:
+            self._add(self._adamw(by_adamw, roles), by_adamw, config.learning_rate)
+        if by_muon:
+            self._add(self._muon(by_muon), by_muon, config.muon_learning_rate)
+
+    def _add(self, optimizer: torch.optim.Optimizer, names: list[str], peak: float) -> None:
+        self._peaks.append((optimizer, peak))
+        self._optimizer_of.update(dict.fromkeys(names, optimizer))
+
+    def _adamw(self, names: list[str], roles: dict[str, Role]) -> torch.optim.AdamW:
+        config = self.config
+        decayed = [self.parameters[name] for name in names if roles[name] != "vector"]
+        vectors = [self.parameters[name] for name in names if roles[name] == "vector"]
+        groups = [
+            {"params": members, "weight_decay": weight_decay}
+            for members, weight_decay in ((decayed, config.weight_decay), (vectors, 0.0))
+            if members
+        ]
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+    def _muon(self, names: list[str]) -> BatchedMuon:
+        stacked = [name for name in names if name.endswith("gate_up_proj")]  # gate above up: two matrices per expert
+        single = [name for name in names if name not in set(stacked)]
+        groups = [
+            {"params": [self.parameters[name] for name in members], "row_blocks": row_blocks}
+            for members, row_blocks in ((single, 1), (stacked, 2))
+            if members
+        ]
+        config = self.config
+        return BatchedMuon(
+            groups, lr=config.muon_learning_rate, momentum=config.muon_momentum, weight_decay=config.weight_decay
+        )
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def grad_norm(self) -> Tensor:
+        """Euclidean norm of all gradients taken as one vector, float scalar."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+
+    def non_finite_gradients(self) -> list[str]:
+        """Names of the parameters whose gradient holds a NaN or an infinity."""
+        return [name for name, p in self.parameters.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
+
+    def step(self, step: int, grad_norm: Tensor) -> float:
+        """Clip the gradients to `max_grad_norm` and take step `step` (0-based); returns AdamW's learning rate."""
+        if self.config.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, grad_norm)
+        factor = learning_rate_factor(self.config, step, self.num_steps)
+        for optimizer, peak in self._peaks:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+            optimizer.step()
+        return self.config.learning_rate * factor
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Moments and step counts, named `<parameter>/<quantity>`; `load_state_tensors` takes them back."""
+        return {
+            f"{name}/{key}": tensor
+            for name, parameter in self.parameters.items()
+            for key, tensor in self._optimizer_of[name].state.get(parameter, {}).items()
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state_tensors` gave.
+
+        Raises:
+            CheckpointError: a tensor belongs to no parameter of this model, or has another shape.
+        """
+        restored: dict[str, dict[str, Tensor]] = {}
+        for full_name, tensor in tensors.items():
+            name, _, key = full_name.rpartition("/")
+            parameter = self.parameters.get(name)
+            if parameter is None or tensor.shape not in (parameter.shape, torch.Size([])):
+                raise CheckpointError(
+                    f"optimizer state {full_name!r} of shape {tuple(tensor.shape)} does not fit this model: "
+                    f"{'no such parameter' if parameter is None else f'the parameter is {tuple(parameter.shape)}'}; "
+                    "resume with the recipe the checkpoint was trained with"
+                )
+            restored.setdefault(name, {})[key] = tensor.to(parameter.device, copy=True)
+        for name, parameter in self.parameters.items():
+            state = self._optimizer_of[name].state
+            state.pop(parameter, None)
+            if name in restored:
+                state[parameter] = restored[name]

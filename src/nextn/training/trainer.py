@@ -1,0 +1,305 @@
+"""The training loop: the same recipe gives the same run, whatever the micro-batches, and however often it is killed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from nextn.alignment import count_labels
+from nextn.checkpoint import read_json, write_json
+from nextn.config import Recipe, from_table, to_table
+from nextn.data import PackedTokens, RowSampler, validation_rows
+from nextn.errors import CheckpointError, ConfigError, DivergenceError
+from nextn.model.moe import update_routing_biases
+from nextn.mtp import MTPModel
+from nextn.objective import denominators, depth_weights
+from nextn.training.evaluation import evaluate_teacher_forced
+from nextn.training.hardware import require_compiler, resolve_device, resolve_precision
+from nextn.training.metrics import MetricsWriter, read_metrics
+from nextn.training.optimizer import TrainingOptimizer
+from nextn.training.progress import TrainingProgress
+from nextn.training.state import (
+    RunState,
+    TrainingClock,
+    check_same_recipe,
+    list_checkpoints,
+    remove_old_checkpoints,
+    restore,
+    save_checkpoint,
+    seed_generators,
+    tokens_sha256,
+)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run came to.
+
+    Attributes:
+        checkpoint: folder of the last checkpoint, which is the trained model.
+        metrics: path of metrics.jsonl.
+        num_steps: optimizer steps done.
+        num_tokens: tokens read by them.
+        training_s: seconds in steps; tokens per second = num_tokens / training_s.
+        elapsed_s: seconds in all, interruptions left out.
+        device: where it ran.
+        precision: float32 or bfloat16, and why.
+        evaluation: the last evaluation line of metrics.jsonl; the injected table, if any, under "decoding".
+    """
+
+    checkpoint: Path
+    metrics: Path
+    num_steps: int
+    num_tokens: int
+    training_s: float
+    elapsed_s: float
+    device: str
+    precision: str
+    evaluation: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did; fields as in metrics.jsonl."""
+
+    loss: float
+    loss_per_depth: list[float | None]
+    mtp_weights: list[float]
+    learning_rate: float
+    grad_norm: float
+    expert_load_max_over_mean: float | None
+
+
+class Trainer:
+    """Trains one model by one recipe into one folder.
+
+    The folder holds recipe.json (all settings), provenance.json, metrics.jsonl and checkpoints/; the last checkpoint is
+    the result. `train` seeds the global random generators and leaves the model in evaluation mode.
+
+    Args:
+        recipe: resolved settings.
+        model: initialised (or loaded) model; moved to the recipe's device.
+        train_tokens: what to train on.
+        validation_tokens: what to evaluate on.
+        run_folder: made if absent.
+        evaluate: called with the model (in eval mode, outside autocast) at each evaluation; its table goes into
+            metrics.jsonl as "decoding". None: only the teacher-forced part is evaluated.
+        provenance: goes into provenance.json as it is.
+        console: where progress goes; None: standard error.
+
+    Raises:
+        DeviceError: the device or precision asked for is not here, or compiling was asked for and no compiler is.
+        DataError: the corpus is shorter than a row.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: MTPModel,
+        train_tokens: PackedTokens,
+        validation_tokens: PackedTokens,
+        run_folder: Path,
+        *,
+        evaluate: Callable[[MTPModel], dict[str, Any]] | None,
+        provenance: dict[str, Any],
+        console: Console | None = None,
+    ) -> None:
+        training, data = recipe.training, recipe.data
+        self.recipe, self.run_folder = recipe, Path(run_folder)
+        self.evaluate, self.provenance, self.console = evaluate, provenance, console
+        self.device = resolve_device(training.device)
+        self.precision = resolve_precision(training.precision, self.device)
+        self.model = model.to(self.device)
+        if training.compile:
+            require_compiler(self.device)
+            self.model.compile_layers()
+        sampler = RowSampler(train_tokens, data.sequence_length, training.batch_size, training.seed)
+        optimizer = TrainingOptimizer(self.model, recipe.optimizer, training.num_steps)
+        self.state = RunState(self.model, optimizer, sampler, TrainingClock())
+        self._train_tokens_sha256 = tokens_sha256(train_tokens)
+        self._validation = validation_rows(validation_tokens, data.sequence_length, recipe.evaluation.num_rows)
+        self._bytes_per_token = validation_tokens.num_bytes / len(validation_tokens.token_ids)
+
+    def train(self, resume: bool = False) -> TrainingResult:
+        """Train to the recipe's last step.
+
+        Args:
+            resume: go on from the folder's newest checkpoint (or from the start, if the run was killed before its
+                first); False starts a new run in a folder that holds none.
+
+        Raises:
+            ConfigError: not resuming and the folder holds a run, or resuming with other settings.
+            CheckpointError: resuming and the folder holds no run, or its newest checkpoint is damaged.
+            DataError: resuming with other training tokens.
+            DivergenceError: the loss or a gradient became NaN or infinite; the last checkpoint is untouched.
+        """
+        self.model.train()
+        seed_generators(self.recipe.training.seed)
+        self._resume() if resume else self._begin()
+        clock, num_steps = self.state.clock, self.recipe.training.num_steps
+        resumed_at = clock.step
+        metrics = MetricsWriter(self.run_folder, clock.step, self.recipe.training.tensorboard)
+        progress = TrainingProgress(num_steps, resumed_at, self.console)
+        try:
+            with progress:
+                how = f"{self.device}, {self.precision.name} ({self.precision.reason})"
+                progress.say(f"{resumed_at} of {num_steps} steps done, {'resuming' if resume else 'starting'} on {how}")
+                self._loop(metrics, progress)
+        finally:
+            metrics.close()
+            self.model.eval()
+        return TrainingResult(
+            checkpoint=list_checkpoints(self.run_folder)[-1],
+            metrics=metrics.path,
+            num_steps=clock.step,
+            num_tokens=clock.num_tokens,
+            training_s=clock.training_s,
+            elapsed_s=clock.elapsed_s,
+            device=str(self.device),
+            precision=f"{self.precision.name} ({self.precision.reason})",
+            evaluation=[record for record in read_metrics(metrics.path) if record["kind"] == "evaluation"][-1],
+        )
+
+    def _begin(self) -> None:
+        if (self.run_folder / "recipe.json").exists():
+            raise ConfigError(
+                f"{self.run_folder} already holds a run; resume it, or choose another folder (nothing is overwritten)"
+            )
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.run_folder / "provenance.json", self.provenance)
+        write_json(self.run_folder / "recipe.json", to_table(self.recipe))
+
+    def _resume(self) -> None:
+        recipe_path = self.run_folder / "recipe.json"
+        if not recipe_path.exists():
+            raise CheckpointError(
+                f"nothing to resume: {self.run_folder} holds no recipe.json; start the run without resume"
+            )
+        check_same_recipe(from_table(Recipe, read_json(recipe_path)), self.recipe, recipe_path)
+        checkpoints = list_checkpoints(self.run_folder)
+        if checkpoints:
+            restore(checkpoints[-1], self.state, self._train_tokens_sha256)
+
+    def _loop(self, metrics: MetricsWriter, progress: TrainingProgress) -> None:
+        training, clock = self.recipe.training, self.state.clock
+        started = time.perf_counter() - clock.elapsed_s
+        logged_tokens, logged_s = clock.num_tokens, clock.training_s
+        while clock.step < training.num_steps:
+            step_started = time.perf_counter()
+            report = self._step()
+            clock.training_s += time.perf_counter() - step_started
+            clock.elapsed_s = time.perf_counter() - started
+            tok_per_s = (clock.num_tokens - logged_tokens) / (clock.training_s - logged_s)
+            progress.update(clock.step, report.loss, tok_per_s)
+            if self._is_due(training.log_every) or clock.step == 1:
+                logged_tokens, logged_s = clock.num_tokens, clock.training_s
+                metrics.write(self._record("train") | vars(report) | {"tok_per_s": tok_per_s})
+            if self._is_due(training.evaluate_every):
+                metrics.write(self._evaluate())
+            clock.elapsed_s = time.perf_counter() - started
+            if self._is_due(training.checkpoint_every):
+                self._save()
+
+    def _is_due(self, every: int) -> bool:
+        """True at multiples of `every` (0: at none) and after the last step."""
+        step = self.state.clock.step
+        return step == self.recipe.training.num_steps or (every > 0 and step % every == 0)
+
+    def _record(self, kind: str) -> dict[str, Any]:
+        clock = self.state.clock
+        return {"kind": kind, "step": clock.step, "num_tokens": clock.num_tokens, "elapsed_s": clock.elapsed_s}
+
+    def _step(self) -> StepReport:
+        """One optimizer step on one global batch."""
+        recipe, clock, optimizer = self.recipe, self.state.clock, self.state.optimizer
+        num_depths = recipe.mtp.num_depths
+        batch = self.state.sampler.next_batch()
+        input_ids = batch.input_ids.to(self.device)
+        document_ids = batch.document_ids.to(self.device) if recipe.data.isolate_documents else None
+        weights = depth_weights(recipe.objective, num_depths, clock.step, clock.num_tokens)
+        # Denominators of the whole batch: each micro-batch adds its share of one sum, so its size does not matter.
+        num_labels = count_labels(input_ids, num_depths, document_ids=document_ids)
+        global_denominators = denominators(recipe.objective, num_labels)
+        num_rows = recipe.training.micro_batch_size or recipe.training.batch_size
+        optimizer.zero_grad()
+        loss = torch.zeros((), device=self.device)
+        loss_per_depth = torch.zeros(num_depths + 1, device=self.device)
+        for first in range(0, input_ids.shape[0], num_rows):
+            rows = slice(first, first + num_rows)
+            documents = None if document_ids is None else document_ids[rows]
+            with self.precision.autocast(self.device):
+                output = self.model(
+                    input_ids[rows], document_ids=documents, depth_weights=weights, denominators=global_denominators
+                )
+            output.loss.backward()
+            loss += output.loss.detach()
+            loss_per_depth += output.loss_per_depth.detach()
+        grad_norm = optimizer.grad_norm()
+        self._check_finite(loss, loss_per_depth, grad_norm, weights)
+        learning_rate = optimizer.step(clock.step, grad_norm)
+        loads = update_routing_biases(self.model, recipe.training.bias_update_speed)
+        clock.step += 1
+        clock.num_tokens += input_ids.numel()
+        imbalances = [float(load.max() / load.float().mean()) for load in loads.values()]
+        return StepReport(
+            loss=loss.item(),
+            loss_per_depth=[value if math.isfinite(value) else None for value in loss_per_depth.tolist()],
+            mtp_weights=list(weights),
+            learning_rate=learning_rate,
+            grad_norm=grad_norm.item(),
+            expert_load_max_over_mean=max(imbalances, default=None),
+        )
+
+    def _check_finite(
+        self, loss: Tensor, loss_per_depth: Tensor, grad_norm: Tensor, weights: tuple[float, ...]
+    ) -> None:
+        if math.isfinite(loss.item()) and math.isfinite(grad_norm.item()):
+            return
+        counted = zip(loss_per_depth.tolist(), (1.0, *weights), strict=True)
+        bad = [(depth, value) for depth, (value, weight) in enumerate(counted) if weight and not math.isfinite(value)]
+        if bad:
+            what = " and ".join(f"the loss of depth {depth} is {value}" for depth, value in bad)
+        else:
+            names = self.state.optimizer.non_finite_gradients()
+            what = f"the losses are finite but the gradient norm is {grad_norm.item()}"
+            what += f" (non-finite gradients: {', '.join(names[:3]) or 'none; the norm overflows'})"
+        checkpoints = list_checkpoints(self.run_folder)
+        good = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+        raise DivergenceError(
+            f"training diverged at step {self.state.clock.step + 1}: {what}. The weights were not updated; {good}. "
+            "Lower the learning rate, lengthen the warm-up, or lower optimizer.max_grad_norm."
+        )
+
+    def _evaluate(self) -> dict[str, Any]:
+        with self.precision.autocast(self.device):
+            teacher_forced = evaluate_teacher_forced(
+                self.model,
+                self._validation,
+                self._bytes_per_token,
+                rows_per_forward=self.recipe.training.micro_batch_size or self.recipe.training.batch_size,
+                isolate_documents=self.recipe.data.isolate_documents,
+            )
+        record = self._record("evaluation") | teacher_forced.to_table()
+        if self.evaluate is not None:
+            self.model.eval()
+            record["decoding"] = self.evaluate(self.model)
+            self.model.train()
+        return record
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.run_folder,
+            self.state,
+            train_tokens_sha256=self._train_tokens_sha256,
+            recipe=to_table(self.recipe),
+            provenance=self.provenance,
+        )
+        remove_old_checkpoints(self.run_folder, self.recipe.training.keep_checkpoints)

@@ -1,0 +1,183 @@
+"""Speculative sampling has the law of plain sampling: by exact enumeration and by a chi-square test."""
+
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from nextn.decoding import generate
+from nextn.decoding.sampling import SamplingConfig, choose, transform
+from nextn.decoding.verify import Verification, Verifier, rejection
+from nextn.mtp import MTPModel
+
+from .conftest import TEXT, memorising_model
+
+# Two drafts over three tokens. Every acceptance ratio and every cumulative sum below is a multiple of 1/CELLS, so the
+# midpoints of CELLS equal cells of the unit interval stand for the whole of it, exactly.
+CELLS = 12
+DRAFT_1 = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 4))
+TARGET_1 = (Fraction(1, 4), Fraction(1, 3), Fraction(5, 12))
+DRAFT_2 = {  # by the first token
+    0: (Fraction(1, 2), Fraction(1, 2), Fraction(0)),
+    1: (Fraction(1), Fraction(0), Fraction(0)),
+    2: (Fraction(1, 3), Fraction(1, 3), Fraction(1, 3)),
+}
+TARGET_2 = {
+    0: (Fraction(1, 4), Fraction(1, 4), Fraction(1, 2)),
+    1: (Fraction(1, 4), Fraction(1, 2), Fraction(1, 4)),
+    2: (Fraction(1, 3), Fraction(1, 3), Fraction(1, 3)),
+}
+TARGET_3 = {  # by the first two tokens
+    pair: tuple(Fraction(weight, 12) for weight in weights)
+    for pair, weights in zip(
+        itertools.product(range(3), repeat=2),
+        [(1, 2, 9), (3, 3, 6), (12, 0, 0), (5, 5, 2), (0, 6, 6), (4, 4, 4), (2, 9, 1), (6, 0, 6), (1, 1, 10)],
+        strict=True,
+    )
+}
+
+
+def plain_law() -> dict[tuple[int, int, int], Fraction]:
+    """Probability of each three tokens under plain sampling from the target."""
+    return {
+        (x, y, z): TARGET_1[x] * TARGET_2[x][y] * TARGET_3[x, y][z] for x, y, z in itertools.product(range(3), repeat=3)
+    }
+
+
+def speculative_law(verifier: Verifier) -> dict[tuple[int, int, int], Fraction]:
+    """The same when a cycle of two drafts comes first and plain sampling completes it: all paths, exact weights."""
+    paths = list(itertools.product(range(3), range(3), range(CELLS), range(CELLS), range(CELLS)))
+    as_row = [[float(value) for value in row] for row in (DRAFT_1, TARGET_1)]
+    draft_ids = torch.tensor([path[:2] for path in paths])
+    draft_probs = torch.tensor([[as_row[0], [float(value) for value in DRAFT_2[x]]] for x, *_ in paths])
+    target_probs = torch.tensor(
+        [[as_row[1], [*map(float, TARGET_2[x])], [*map(float, TARGET_3[x, y])]] for x, y, *_ in paths]
+    )
+    uniforms = (torch.tensor([path[2:] for path in paths], dtype=torch.float64) + 0.5) / CELLS
+    result = verifier(draft_ids, draft_probs, target_probs, torch.full((len(paths),), 2), uniforms)
+
+    law = dict.fromkeys(itertools.product(range(3), repeat=3), Fraction(0))
+    outcomes = zip(paths, result.num_accepted.tolist(), result.next_ids.tolist(), strict=True)
+    for (x, y, *_), num_accepted, next_id in outcomes:
+        weight = DRAFT_1[x] * DRAFT_2[x][y] / CELLS**3
+        emitted = (*(x, y)[:num_accepted], next_id)
+        for rest in itertools.product(range(3), repeat=3 - len(emitted)):
+            a, b, c = (*emitted, *rest)
+            completion = Fraction(1)
+            if len(emitted) < 2:
+                completion *= TARGET_2[a][b]
+            if len(emitted) < 3:
+                completion *= TARGET_3[a, b][c]
+            law[a, b, c] += weight * completion
+    return law
+
+
+def without_residual(draft_ids, draft_probs, target_probs, num_drafted, uniforms) -> Verification:
+    """Broken in the classic way: after a rejection, samples from the target instead of the residual."""
+    accepted = rejection(draft_ids, draft_probs, target_probs, num_drafted, uniforms).num_accepted
+    rows = torch.arange(draft_ids.shape[0])
+    return Verification(accepted, choose(target_probs[rows, accepted], uniforms[:, -1]))
+
+
+def accept_by_target_alone(draft_ids, draft_probs, target_probs, num_drafted, uniforms) -> Verification:
+    """Broken: accepts with probability target(x), forgetting to divide by draft(x)."""
+    return rejection(draft_ids, draft_probs.clamp(min=1.0), target_probs, num_drafted, uniforms)
+
+
+def test_the_tables_exercise_acceptance_rejection_and_bonus():
+    ratios = {min(Fraction(1), target / draft) for draft, target in zip(DRAFT_1, TARGET_1, strict=True)}
+    assert ratios == {Fraction(1, 2), Fraction(1)}
+    assert all((ratio * CELLS).denominator == 1 for ratio in ratios)
+
+
+def test_speculative_sampling_has_exactly_the_law_of_plain_sampling():
+    assert speculative_law(rejection) == plain_law()
+
+
+@pytest.mark.parametrize("broken", [without_residual, accept_by_target_alone])
+def test_a_broken_verifier_does_not_have_the_law_of_plain_sampling(broken: Verifier):
+    law = speculative_law(broken)
+    assert sum(law.values()) == 1
+    assert law != plain_law()
+
+
+NUM_SAMPLES = 700
+SETTINGS = {"temperature": 1.6, "top_k": 3}
+CRITICAL = 3.1
+"""Standard normal quantile of 0.1 %: a correct sampler exceeds it for one seed in a thousand, and the seed is fixed."""
+
+
+@torch.inference_mode()
+def plain_law_of_model(model: MTPModel, prompt: list[int], num_new: int) -> dict[tuple[int, ...], float]:
+    """Probability of every continuation under plain sampling, from uncached forwards."""
+    law = {(): 1.0}
+    for _ in range(num_new):
+        rows = torch.tensor([[*prompt, *tokens] for tokens in law])
+        probs = transform(model.trunk(rows)[:, -1], SamplingConfig(**SETTINGS)).tolist()
+        law = {
+            (*tokens, token): weight * prob
+            for (tokens, weight), row in zip(law.items(), probs, strict=True)
+            for token, prob in enumerate(row)
+            if prob > 0
+        }
+    return law
+
+
+def chi_square_score(law: dict[tuple[int, ...], float], samples: list[tuple[int, ...]]) -> float:
+    """Pearson's statistic as a standard normal number (Wilson and Hilferty 1931), cells of expectation < 5 pooled."""
+    observed = dict.fromkeys(law, 0)
+    for sample in samples:
+        observed[sample] = observed.get(sample, 0) + 1
+    expected = {outcome: len(samples) * law.get(outcome, 0.0) for outcome in observed}
+    large = [outcome for outcome in observed if expected[outcome] >= 5]
+    pairs = [(observed[outcome], expected[outcome]) for outcome in large]
+    rest = len(samples) - np.sum(pairs, axis=0)
+    pairs.append((rest[0], max(rest[1], 1e-9)))
+    statistic = sum((seen - wanted) ** 2 / wanted for seen, wanted in pairs)
+    freedom = len(pairs) - 1
+    return ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def half_trained() -> MTPModel:
+    return memorising_model(25)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "is_lossless"), [("auto", True), (without_residual, False)], ids=["rejection", "without_residual"]
+)
+def test_sampled_speculative_text_passes_a_chi_square_test_against_plain_sampling(
+    half_trained: MTPModel, verifier: Verifier | str, is_lossless: bool
+):
+    prompt, num_new = TEXT[0, :6].tolist(), 4
+    prompts = [prompt] * NUM_SAMPLES
+    result = generate(half_trained, prompts, max_new_tokens=num_new, draft_length=2, verifier=verifier, **SETTINGS)
+    assert all(result.stats.histogram), "every accepted length occurs"
+    score = chi_square_score(plain_law_of_model(half_trained, prompt, num_new), list(result.token_ids))
+    assert (score < CRITICAL) == is_lossless, f"chi-square score {score:.1f}"
+
+
+def test_the_text_of_a_prompt_depends_on_seed_and_place_only(half_trained: MTPModel):
+    def sampled(prompts: list[list[int]], seed: int) -> tuple[tuple[int, ...], ...]:
+        return generate(half_trained, prompts, max_new_tokens=12, temperature=1.0, seed=seed).token_ids
+
+    first, second = sampled([[1, 2], [5]], seed=7)
+    assert sampled([[1, 2], [9, 9]], seed=7)[0] == first
+    assert sampled([[3], [5]], seed=7)[1] == second
+    assert sampled([[1, 2], [5]], seed=8) != (first, second)
+
+
+def test_sampling_at_a_tiny_temperature_is_greedy(half_trained: MTPModel):
+    prompts = [TEXT[0, :5].tolist(), [3]]
+    cold = generate(half_trained, prompts, max_new_tokens=20, temperature=1e-6)
+    assert cold.token_ids == generate(half_trained, prompts, max_new_tokens=20).token_ids
+
+
+def test_plain_sampling_is_the_same_loop_without_drafts(half_trained: MTPModel):
+    samples = generate(half_trained, [TEXT[0, :6].tolist()] * 800, max_new_tokens=2, draft_length=0, **SETTINGS)
+    law = plain_law_of_model(half_trained, TEXT[0, :6].tolist(), 2)
+    assert chi_square_score(law, list(samples.token_ids)) < CRITICAL

@@ -1,0 +1,126 @@
+"""Experts: every fast form equals the formula; balancing moves biases only, by the whole batch's load."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nextn.config import ModelConfig
+from nextn.model.moe import Experts, MixtureOfExperts, Router, update_routing_biases
+
+SMALL = ModelConfig(vocab_size=11, hidden_size=16, moe_intermediate_size=12, n_routed_experts=6, num_experts_per_tok=2)
+
+
+def random_experts(num_experts: int = 6, dtype: torch.dtype = torch.float64) -> Experts:
+    torch.manual_seed(0)
+    experts = Experts(num_experts, 16, 12).to(dtype)
+    torch.nn.init.normal_(experts.gate_up_proj)
+    torch.nn.init.normal_(experts.down_proj)
+    return experts
+
+
+def random_choice(num_tokens: int, num_experts: int = 6, top_k: int = 2, dtype: torch.dtype = torch.float64):
+    torch.manual_seed(1)
+    hidden = torch.randn(num_tokens, 16, dtype=dtype)
+    gates = torch.rand(num_tokens, top_k, dtype=dtype)
+    experts = torch.rand(num_tokens, num_experts).topk(top_k).indices
+    return hidden, gates, experts
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 40])
+def test_sorted_and_dense_forms_equal_the_formula(num_tokens: int):
+    experts = random_experts()
+    hidden, gates, chosen = random_choice(num_tokens)
+    expected = experts.reference(hidden, gates, chosen)
+    torch.testing.assert_close(experts._run_sorted(hidden, gates, chosen), expected)
+    torch.testing.assert_close(experts._run_all(hidden, gates, chosen), expected)
+
+
+def test_gradients_equal_those_of_the_formula_also_for_an_expert_without_tokens():
+    experts = random_experts()
+    hidden, gates, chosen = random_choice(9, num_experts=5)  # expert 5 gets nothing
+    results = []
+    for run in (experts.reference, experts._run_sorted):
+        leaves = [hidden.clone().requires_grad_(), gates.clone().requires_grad_()]
+        experts.zero_grad()
+        run(*leaves, chosen).square().sum().backward()
+        results.append([leaf.grad for leaf in leaves] + [w.grad.clone() for w in experts.parameters()])
+    for ours, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, expected)
+    assert not results[1][2][5].any()
+
+
+def test_the_routing_bias_changes_the_choice_but_not_the_gate():
+    torch.manual_seed(2)
+    router = Router(replace(SMALL, num_experts_per_tok=1, norm_topk_prob=False))
+    torch.nn.init.normal_(router.weight)
+    hidden = torch.randn(20, 16)
+    _, before = router(hidden)
+    router.e_score_correction_bias[3] = 10.0
+    gates, after = router(hidden)
+    assert (after == 3).all()
+    assert not (before == 3).all()
+    torch.testing.assert_close(gates[:, 0], (hidden @ router.weight[3]).sigmoid())
+
+
+def test_a_token_chooses_only_inside_its_best_groups():
+    torch.manual_seed(3)
+    config = replace(SMALL, n_routed_experts=8, n_group=4, topk_group=1, num_experts_per_tok=2)
+    router = Router(config)
+    torch.nn.init.normal_(router.weight)
+    _, experts = router(torch.randn(50, 16))
+    assert (experts[:, 0] // 2 == experts[:, 1] // 2).all()
+
+
+def test_biases_move_by_gamma_against_the_load_of_the_whole_batch():
+    layer = MixtureOfExperts(SMALL).train()
+    layer.expert_load += torch.tensor([9, 1, 5, 5, 5, 5])
+    loads = update_routing_biases(layer, speed=0.01)
+    expected = torch.tensor([-0.01, 0.01, 0, 0, 0, 0])
+    torch.testing.assert_close(layer.gate.e_score_correction_bias, expected)
+    assert next(iter(loads.values())).tolist() == [9, 1, 5, 5, 5, 5]
+    assert not layer.expert_load.any()
+
+
+def test_load_is_the_same_for_any_split_into_micro_batches_and_leaves_padding_out():
+    torch.manual_seed(4)
+    layer = MixtureOfExperts(SMALL).train()
+    torch.nn.init.normal_(layer.gate.weight)
+    hidden, mask = torch.randn(4, 7, 16), torch.rand(4, 7) < 0.7
+    layer(hidden, mask)
+    whole = layer.expert_load.clone()
+    layer.expert_load.zero_()
+    for row in range(4):
+        layer(hidden[row : row + 1], mask[row : row + 1])
+    assert torch.equal(layer.expert_load, whole)
+    assert whole.sum() == 2 * mask.sum()
+    unmasked = MixtureOfExperts(SMALL).train()
+    unmasked.load_state_dict(layer.state_dict())
+    unmasked(hidden)
+    assert not torch.equal(unmasked.expert_load, whole), "counting padding must be noticed"
+
+
+def test_evaluation_counts_no_load_and_speed_zero_freezes_the_biases():
+    layer = MixtureOfExperts(SMALL)
+    layer.eval()(torch.randn(1, 5, 16))
+    assert not layer.expert_load.any()
+    layer.train()(torch.randn(1, 5, 16))
+    update_routing_biases(layer, speed=0.0)
+    assert not layer.gate.e_score_correction_bias.any()
+
+
+def test_balancing_evens_out_a_skewed_router():
+    torch.manual_seed(5)
+    layer = MixtureOfExperts(SMALL).train()
+    torch.nn.init.normal_(layer.gate.weight)
+    hidden = torch.randn(1, 512, 16) + torch.randn(16)
+    shares = []
+    for _ in range(300):
+        with torch.no_grad():
+            layer(hidden)
+        load = update_routing_biases(layer, speed=0.01)[""]
+        shares.append((load.max() / load.float().mean()).item())
+    assert shares[0] > 1.5
+    assert shares[-1] < 1.2
