@@ -175,7 +175,8 @@ class ScheduleConfig:
         if len(self.values) != wanted or (self.kind == "constant" and self.boundaries):
             raise ConfigError(
                 f"schedule: {self.kind} with {len(self.boundaries)} boundaries needs {wanted} values "
-                f"and constant takes no boundaries, got values = {list(self.values)}, boundaries = {list(self.boundaries)}"
+                f"and constant takes no boundaries, got values = {list(self.values)}, "
+                f"boundaries = {list(self.boundaries)}"
             )
         if any(b <= a for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)):
             raise ConfigError(f"schedule: boundaries must grow, got {list(self.boundaries)}")
@@ -218,9 +219,7 @@ class DataConfig:
                 f"data.sequence_length must be at least 2 (a token and its label), got {self.sequence_length}"
             )
         if self.max_bytes is not None and self.max_bytes < 1:
-            raise ConfigError(
-                f"data.max_bytes must be at least 1, or none for everything, got {self.max_bytes}"
-            )
+            raise ConfigError(f"data.max_bytes must be at least 1, or none for everything, got {self.max_bytes}")
         if not 0.0 < self.validation_share < 1.0:
             raise ConfigError(f"data.validation_share must lie between 0 and 1, got {self.validation_share}")
 
@@ -247,6 +246,20 @@ class OptimizerConfig:
     decay_share: float = setting(0.4, "wsd: share of all steps spent in the final linear decay")
     final_learning_rate_ratio: float = setting(0.05, "last learning rate relative to the peak")
 
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "muon_learning_rate", "eps"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"optimizer.{name} must be above 0, got {getattr(self, name)}")
+        for name in ("weight_decay", "max_grad_norm", "num_warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"optimizer.{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("decay_share", "final_learning_rate_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"optimizer.{name} must lie in 0..1, got {getattr(self, name)}")
+        for decay_rate in (*self.betas, self.muon_momentum):
+            if not 0 <= decay_rate < 1:
+                raise ConfigError(f"optimizer.betas and muon_momentum must lie in 0..1 (1 excluded), got {decay_rate}")
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -272,6 +285,9 @@ class TrainingConfig:
         for name in ("num_steps", "batch_size", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seed", "bias_update_speed", "evaluate_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"training.{name} must be 0 or more, got {getattr(self, name)}")
         if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
             raise ConfigError(
                 f"training.micro_batch_size must lie in 1..batch_size = {self.batch_size}, got {self.micro_batch_size}"
@@ -287,6 +303,14 @@ class EvaluationConfig:
     prompt_length: int = setting(128, "tokens in a prompt")
     max_new_tokens: int = setting(128, "tokens decoded per prompt")
     draft_length: int = setting(3, "tokens drafted per cycle (N)")
+
+    def __post_init__(self) -> None:
+        for name in ("num_rows", "prompt_length", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"evaluation.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_prompts", "draft_length"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"evaluation.{name} must be 0 or more, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

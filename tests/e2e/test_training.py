@@ -33,7 +33,7 @@ def first_step_gradients(run_folder: Path, micro_batch_size: int | None) -> dict
     model = MTPModel(recipe.model, recipe.mtp).initialize(0).double()
     run = tiny_run.trainer(run_folder, recipe, model=model)
     run.state.optimizer.step = lambda step, grad_norm: 0.0  # keep the gradients, take no step
-    run._step()
+    run.step()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
@@ -111,7 +111,7 @@ def test_a_depth_of_weight_zero_is_skipped_and_training_is_then_plain_next_token
 
 def test_routing_biases_move_against_the_load_by_the_speed_asked_for(tmp_path):
     run = tiny_run.trainer(tmp_path)
-    run._step()
+    run.step()
     biases = [b for name, b in run.model.named_buffers() if name.endswith("e_score_correction_bias")]
     assert len(biases) == 3  # one trunk layer, two MTP blocks
     for bias in biases:
@@ -122,7 +122,7 @@ def test_routing_biases_move_against_the_load_by_the_speed_asked_for(tmp_path):
 @pytest.mark.parametrize("poisoned", ["loss", "gradient"])
 def test_divergence_stops_with_a_message_and_leaves_weights_and_the_last_checkpoint(tmp_path, poisoned):
     run = tiny_run.trainer(tmp_path)
-    take_step, weights = run._step, {}
+    take_step, weights = run.step, {}
 
     def step():
         if run.state.clock.step == 6:
@@ -134,7 +134,7 @@ def test_divergence_stops_with_a_message_and_leaves_weights_and_the_last_checkpo
             weights.update({name: p.detach().clone() for name, p in run.model.named_parameters()})
         return take_step()
 
-    run._step = step
+    run.step = step
     with pytest.raises(DivergenceError) as caught:
         run.train()
     message = str(caught.value)

@@ -55,6 +55,21 @@ def test_labels_are_those_of_the_definition(rows, depth: int):
             assert aligned.labels[row, i] == brute_force_label(ids, labels, documents, row, i, depth)
 
 
+@pytest.mark.parametrize("mistake", ["off by one", "crosses documents", "ignores masks"])
+def test_the_definition_tells_right_labels_from_wrong_ones(mistake: str):
+    ids, depth = torch.arange(10)[None], 1
+    documents, labels = torch.tensor([[0] * 6 + [1] * 4]), ids.clone()
+    labels[0, 8] = IGNORED
+    wrong = {
+        "off by one": align(ids, depth + 1, labels, documents),
+        "crosses documents": align(ids, depth, labels),
+        "ignores masks": align(ids, depth, None, documents),
+    }[mistake]
+    expected = [brute_force_label(ids, labels, documents, 0, i, depth) for i in range(9)]
+    assert align(ids, depth, labels, documents).labels[0].tolist() == expected
+    assert wrong.labels[0].tolist() != expected
+
+
 @pytest.mark.parametrize("depth", range(5))
 def test_with_tokens_equal_to_their_position_the_shift_can_be_read_off(depth: int):
     tokens = torch.arange(10)[None]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nextn.alignment import PADDING_DOCUMENT
+from nextn.alignment import PADDING_DOCUMENT, align
 from nextn.config import ModelConfig, MTPConfig
 from nextn.mtp import MTPModel
 
@@ -46,7 +46,8 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_depth_k_at_position_i_depends_on_tokens_up_to_i_plus_k_and_on_that_one(model: MTPModel):
+def check_dependence(model: MTPModel) -> None:
+    """Depth k at position i changes with every token up to t[i+k], and with no later one."""
     ids = tokens(1, 12)
     before = model(ids).logits_per_depth
     for changed in range(12):
@@ -58,6 +59,30 @@ def test_depth_k_at_position_i_depends_on_tokens_up_to_i_plus_k_and_on_that_one(
             first_affected = max(changed - depth, 0)
             assert same[:first_affected].all(), "a later token leaked into an earlier prediction"
             assert not same[first_affected:].any(), "a token that should matter does not"
+
+
+def test_depth_k_at_position_i_depends_on_tokens_up_to_i_plus_k_and_on_that_one(model: MTPModel):
+    check_dependence(model)
+
+
+@pytest.mark.parametrize("mistake", ["embeds one token further", "embeds one token less", "attends to the future"])
+def test_a_wrong_shift_or_mask_is_caught(model: MTPModel, monkeypatch: pytest.MonkeyPatch, mistake: str):
+    def shifted(by: int):
+        def wrong(input_ids, depth, *rest):
+            right = align(input_ids, depth, *rest)
+            return replace(right, embedded_ids=right.embedded_ids.roll(by, dims=1))
+
+        return wrong
+
+    def unmasked(query, key, value, mask, scale):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale)
+
+    if mistake == "attends to the future":
+        monkeypatch.setattr("nextn.model.attention.attention", unmasked)
+    else:
+        monkeypatch.setattr("nextn.mtp.scheme.align", shifted(-1 if mistake == "embeds one token further" else 1))
+    with pytest.raises(AssertionError, match=r"leaked|does not"):
+        check_dependence(model)
 
 
 def test_no_gradient_flows_from_a_prediction_to_later_tokens(model: MTPModel):

@@ -12,7 +12,7 @@ from rich.table import Table
 def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     """Tables of an evaluation: one row per depth, then one per decoding arm."""
     depths = Table(title="held-out text, true tokens as input", title_justify="left")
-    for heading in ("depth", "loss (nats)", "bits per byte", "teacher_forced_accuracy", "main_agreement"):
+    for heading in ("depth", "loss (nats)", "bits per byte", "teacher-forced accuracy", "main agreement"):
         depths.add_column(heading, justify="right")
     for depth, loss in enumerate(evaluation["loss_per_depth"]):
         depths.add_row(
@@ -26,7 +26,7 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     if not evaluation.get("decoding"):
         return
     arms = Table(title="held-out prompts, decoded", title_justify="left")
-    for heading in ("arm", "N", "mean acceptance length", "acceptance_rate", "acceptance by draft (unconditional)"):
+    for heading in ("arm", "N", "mean acceptance length", "acceptance_rate", "unconditional acceptance by draft"):
         arms.add_column(heading, justify="right")
     for name, stats in evaluation["decoding"].items():
         arms.add_row(

@@ -12,7 +12,7 @@ from nextn.cli.output import print_evaluation
 from nextn.config import load_recipe
 from nextn.report.measurement import acceptance_probe
 from nextn.report.provenance import collect
-from nextn.training import Trainer, fit_vocabulary, new_model, prepare_data
+from nextn.training import Trainer, fit_vocabulary, new_model, prepare_data, resolve_device
 
 
 def train(
@@ -38,6 +38,7 @@ def train(
     """
     console = Console(stderr=True, soft_wrap=True)
     settings = load_recipe(recipe, set_ or ())
+    device = resolve_device(settings.training.device)
     run_folder = out or Path("runs") / recipe.stem
     data = prepare_data(settings.data)
     settings = fit_vocabulary(settings, data.tokenizer)
@@ -53,9 +54,7 @@ def train(
         data.validation,
         run_folder,
         evaluate=acceptance_probe(data.validation, settings.evaluation),
-        provenance=collect(
-            seed=settings.training.seed, device=settings.training.device, corpus=data.provenance()
-        ),
+        provenance=collect(seed=settings.training.seed, device=device, corpus=data.provenance()),
         console=console,
     )
     result = trainer.train(resume=resume)

@@ -8,7 +8,7 @@ validation_rows, validation_prompts  the same held-out rows and prompts every ti
 """
 
 from nextn.data.corpora import Corpus, Document, FileRecord, load_corpus
-from nextn.data.packing import Batch, PackedTokens, RowSampler, pack, validation_prompts, validation_rows
+from nextn.data.packing import Batch, PackedTokens, RowSampler, pack, require_row, validation_prompts, validation_rows
 from nextn.data.sources import DroppedFile
 from nextn.data.tokenizers import ByteTokenizer, SavedTokenizer, Tokenizer, build_tokenizer, load_tokenizer
 
@@ -27,6 +27,7 @@ __all__ = [
     "load_corpus",
     "load_tokenizer",
     "pack",
+    "require_row",
     "validation_prompts",
     "validation_rows",
 ]

@@ -97,7 +97,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     dropped: list[DroppedFile] = []
     texts: Iterable[SourceText] = read_source(config.corpus, config.text_field, dropped)
     texts = (text for text in texts if text.text and not text.text.isspace())
-    if config.corpus == PYTHON_INSTALLED:
+    if config.corpus in (PYTHON_STDLIB, PYTHON_INSTALLED):
         texts = drop_repetitions(texts, dropped)
     if config.max_bytes is not None:
         texts = _up_to(texts, config.max_bytes)

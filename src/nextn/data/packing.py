@@ -109,7 +109,7 @@ class RowSampler:
                 "sequence_length and batch_size must be at least 1 and seed at least 0, "
                 f"got {sequence_length}, {batch_size} and {seed}"
             )
-        _check_length(packed, sequence_length, "training")
+        require_row(packed, sequence_length, "training")
         self._packed = packed
         self._sequence_length = sequence_length
         self._batch_size = batch_size
@@ -177,7 +177,7 @@ def validation_rows(packed: PackedTokens, sequence_length: int, num_rows: int, s
     """
     if num_rows < 1 or sequence_length < 1:
         raise ValueError(f"num_rows and sequence_length must be at least 1, got {num_rows} and {sequence_length}")
-    _check_length(packed, sequence_length, "validation")
+    require_row(packed, sequence_length, "validation")
     num_rows = min(num_rows, len(packed) // sequence_length)
     part = len(packed) / num_rows
     place = np.random.default_rng(seed).uniform(0, part - sequence_length)
@@ -193,7 +193,8 @@ def _rows(packed: PackedTokens, starts: np.ndarray, sequence_length: int) -> Bat
     )
 
 
-def _check_length(packed: PackedTokens, sequence_length: int, split: str) -> None:
+def require_row(packed: PackedTokens, sequence_length: int, split: str) -> None:
+    """Raise DataError unless the stream of `split` ("training" or "validation") holds at least one row."""
     if len(packed) < sequence_length:
         raise DataError(
             f"the {split} part of the corpus has {len(packed)} tokens, fewer than one row of data.sequence_length = "

@@ -64,10 +64,8 @@ def block_flops(config: ModelConfig, is_moe: bool, sequence_length: int) -> floa
     """Forward FLOPs of one layer per token, the layer's expanded (training) form."""
     width, heads = config.hidden_size, config.num_attention_heads
     query_dim = heads * config.qk_head_dim
-    if config.q_lora_rank is None:
-        weights = width * query_dim
-    else:
-        weights = config.q_lora_rank * (width + query_dim)
+    rank = config.q_lora_rank
+    weights = width * query_dim if rank is None else rank * (width + query_dim)
     weights += width * config.latent_dim
     weights += config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
     weights += heads * config.v_head_dim * width

@@ -13,8 +13,10 @@ from nextn.mtp.cost import model_cost
 from nextn.report.measurement import ARMS, held_out_prompts, mean_repeated_share, measure_arm
 from nextn.report.schema import (
     DataFacts,
+    DecodingArm,
     ModelFacts,
     RunReport,
+    Sample,
     TeacherForcedFacts,
     TrainingFacts,
 )
@@ -52,7 +54,8 @@ def report_of_run(
     last_train = [record for record in history if record["kind"] == "train"][-1]
     last_evaluation = [record for record in history if record["kind"] == "evaluation"][-1]
     held_out = held_out_prompts(data.validation, recipe.evaluation)
-    arms, samples = [], []
+    arms: list[DecodingArm] = []
+    samples: list[Sample] = []
     for name in ARMS if model.scheme is not None else ():
         arm, texts = measure_arm(model, held_out, recipe.evaluation, name, num_repeats, progress)
         arms.append(arm)
@@ -78,8 +81,14 @@ def report_of_run(
         samples=tuple(samples),
         notes=notes,
         settings=to_table(recipe),
-        provenance=provenance,
+        provenance=_without_files(provenance),
     )
+
+
+def _without_files(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Provenance for a page: the corpus by its hash; the list of its files stays in provenance.json."""
+    corpus = {key: value for key, value in provenance["corpus"].items() if key not in ("files", "dropped")}
+    return provenance | {"corpus": corpus}
 
 
 def _data_facts(recipe: Recipe, data: PreparedData) -> DataFacts:

@@ -6,12 +6,14 @@ from nextn.training.metrics import read_metrics
 from nextn.training.optimizer import TrainingOptimizer, learning_rate_factor
 from nextn.training.prepare import PreparedData, fit_vocabulary, new_model, prepare_data
 from nextn.training.state import list_checkpoints
+from nextn.training.timing import StepTimes, time_steps
 from nextn.training.trainer import Trainer, TrainingResult
 
 __all__ = [
     "Precision",
     "PreparedData",
     "TeacherForcedEvaluation",
+    "StepTimes",
     "Trainer",
     "TrainingOptimizer",
     "TrainingResult",
@@ -24,4 +26,5 @@ __all__ = [
     "read_metrics",
     "resolve_device",
     "resolve_precision",
+    "time_steps",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nextn.config import DataConfig, Recipe
-from nextn.data import Corpus, PackedTokens, Tokenizer, build_tokenizer, load_corpus, pack
+from nextn.data import Corpus, PackedTokens, Tokenizer, build_tokenizer, load_corpus, pack, require_row
 from nextn.errors import ConfigError
 from nextn.mtp import MTPModel
 
@@ -33,10 +33,16 @@ class PreparedData:
 
 
 def prepare_data(config: DataConfig, tokenizer: Tokenizer | None = None) -> PreparedData:
-    """Read the corpus and pack it, with `tokenizer` or the one the settings name. Raises DataError."""
+    """Read the corpus and pack it, with `tokenizer` or the one the settings name.
+
+    Raises DataError when the corpus cannot be read, is empty, or is shorter than a row.
+    """
     corpus = load_corpus(config)
     tokenizer = tokenizer or build_tokenizer(config.tokenizer, corpus)
-    return PreparedData(corpus, tokenizer, pack(corpus.train, tokenizer), pack(corpus.validation, tokenizer))
+    data = PreparedData(corpus, tokenizer, pack(corpus.train, tokenizer), pack(corpus.validation, tokenizer))
+    require_row(data.train, config.sequence_length, "training")
+    require_row(data.validation, config.sequence_length, "validation")
+    return data
 
 
 def fit_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:

@@ -194,7 +194,7 @@ class Trainer:
         logged_tokens, logged_s = clock.num_tokens, clock.training_s
         while clock.step < training.num_steps:
             step_started = time.perf_counter()
-            report = self._step()
+            report = self.step()
             clock.training_s += time.perf_counter() - step_started
             clock.elapsed_s = time.perf_counter() - started
             tok_per_s = (clock.num_tokens - logged_tokens) / (clock.training_s - logged_s)
@@ -217,7 +217,7 @@ class Trainer:
         clock = self.state.clock
         return {"kind": kind, "step": clock.step, "num_tokens": clock.num_tokens, "elapsed_s": clock.elapsed_s}
 
-    def _step(self) -> StepReport:
+    def step(self) -> StepReport:
         """One optimizer step on one global batch."""
         recipe, clock, optimizer = self.recipe, self.state.clock, self.state.optimizer
         num_depths = recipe.mtp.num_depths
