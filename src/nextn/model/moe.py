@@ -97,6 +97,7 @@ class Experts(nn.Module):
             return self._run_all(hidden, gates, experts)
         return self._run_sorted(hidden, gates, experts)
 
+    @torch.compiler.disable  # loads differ at every step: compiling would never end
     def _run_sorted(self, hidden: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
         """Tokens sorted by expert, one product per expert over its tokens."""
         dispatch = Dispatch.of(experts, self.num_experts)
