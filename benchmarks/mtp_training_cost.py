@@ -39,7 +39,7 @@ GROUPS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depths", type=int, nargs="+", default=[1, 3], help="values of K beside 0")
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2], help="values of K beside 0")
     parser.add_argument("--steps", type=int, default=12, help="timed steps per variant")
     parser.add_argument("--set", dest="assignments", nargs="*", default=[], metavar="TABLE.KEY=VALUE")
     arguments = parser.parse_args()

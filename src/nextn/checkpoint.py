@@ -28,7 +28,9 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
 
-    An existing folder at `path` is replaced. Raises CheckpointError when the disk is full or the place is not writable.
+    An existing folder at `path` is moved aside and removed once the new one stands in its place; a kill between those
+    two renames leaves both whole, under names that begin with a dot. Raises CheckpointError when the disk is full or
+    the place is not writable.
     """
     temporary = None
     try:
@@ -38,10 +40,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             _flush_to_disk(file)
+        old = None
         if path.exists():
-            shutil.rmtree(path)
+            old = temporary.with_name(f"{temporary.name}.old")
+            path.rename(old)
         temporary.rename(path)
         _flush_to_disk(path.parent)
+        if old is not None:
+            shutil.rmtree(old)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
