@@ -13,18 +13,17 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 import nextn
 from nextn.checkpoint import read_json, write_json
-from nextn.cli.output import print_evaluation
+from nextn.cli.output import print_arms, print_evaluation
 from nextn.config import Recipe, from_table, override
 from nextn.errors import ConfigError
 from nextn.report.html import write_report
 from nextn.report.measurement import ARMS, acceptance_probe
 from nextn.report.provenance import collect
 from nextn.report.run import report_of_run
-from nextn.report.schema import DecodingArm, RunReport, to_table
+from nextn.report.schema import to_table
 from nextn.training import (
     PreparedData,
     Trainer,
@@ -97,7 +96,7 @@ def demo(
         )
     write_json(out / "report.json", to_table(report))
     write_report(report, out / "report.html")
-    _print_summary(Console(), report)
+    print_arms(Console(), report.arms)
     console.print(f"report: {out / 'report.html'}")
     console.print(f"model:  {result.checkpoint}")
     console.print(f'try:    nextn generate {out} -p "def main(" --show-drafts')
@@ -162,40 +161,4 @@ def _notes(recipe: Recipe, repeats: int, loss_per_depth: list[float]) -> tuple[s
         "Here an MTP depth predicts its label better than depth 0 does. It is not a leak: both have read the same true "
         "tokens, and tests show that no later one has any effect. The depth has one layer more, and reads the newest "
         "token beside the trunk's finished summary of all before it.",
-    )
-
-
-def _print_summary(console: Console, report: RunReport) -> None:
-    table = Table(title="decoding held-out prompts", title_justify="left")
-    for heading in (
-        "arm",
-        "N",
-        "AL",
-        "plain tokens/s",
-        "MTP tokens/s",
-        "speedup (range)",
-        "identical",
-        "repeated text",
-    ):
-        table.add_column(heading, justify="right")
-    for arm in report.arms:
-        table.add_row(*_summary_row(arm))
-    console.print(table)
-
-
-def _summary_row(arm: DecodingArm) -> tuple[str, ...]:
-    def median(rates: tuple[float, ...]) -> float:
-        return sorted(rates)[len(rates) // 2]
-
-    speedup = arm.speedup
-    identical = "-" if arm.num_identical_outputs is None else f"{arm.num_identical_outputs}/{arm.num_compared_outputs}"
-    return (
-        arm.name,
-        str(arm.draft_length),
-        f"{arm.mean_acceptance_length:.2f}",
-        f"{median(arm.plain_tok_per_s):.0f}",
-        f"{median(arm.speculative_tok_per_s):.0f}",
-        f"{speedup.median:.2f}x ({speedup.lowest:.2f}-{speedup.highest:.2f})",
-        identical,
-        f"{arm.repeated_text_share_speculative:.0%}",
     )

@@ -1,19 +1,24 @@
-"""What several commands print."""
+"""Tables that several commands print."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from nextn.report.schema import DecodingArm
+
 
 def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
-    """Tables of an evaluation: one row per depth, then one per decoding arm."""
-    depths = Table(title="held-out text, true tokens as input", title_justify="left")
-    for heading in ("depth", "loss (nats)", "bits per byte", "teacher-forced accuracy", "main agreement"):
-        depths.add_column(heading, justify="right")
+    """An evaluation line of metrics.jsonl: one row per depth, then one per decoding arm."""
+    depths = _table(
+        "held-out text, true tokens as input",
+        ("depth", "loss (nats)", "bits per byte", "teacher-forced accuracy", "main agreement"),
+    )
     for depth, loss in enumerate(evaluation["loss_per_depth"]):
         depths.add_row(
             str(depth),
@@ -25,9 +30,9 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     console.print(depths)
     if not evaluation.get("decoding"):
         return
-    arms = Table(title="held-out prompts, decoded", title_justify="left")
-    for heading in ("arm", "N", "mean acceptance length", "acceptance_rate", "unconditional acceptance by draft"):
-        arms.add_column(heading, justify="right")
+    arms = _table(
+        "held-out prompts, decoded", ("arm", "N", "AL", "acceptance rate", "unconditional acceptance by draft")
+    )
     for name, stats in evaluation["decoding"].items():
         arms.add_row(
             name,
@@ -37,6 +42,42 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
             "  ".join(_number(share, 2) for share in stats["acceptance_unconditional"]),
         )
     console.print(arms)
+
+
+def print_arms(console: Console, arms: Sequence[DecodingArm]) -> None:
+    """Speculative beside plain decoding; AL is the mean acceptance length, rates are medians."""
+    table = _table(
+        "held-out prompts, speculative beside plain decoding",
+        ("arm", "N", "AL", "plain tok/s", "MTP tok/s", "speedup", "range", "identical", "repeated"),
+    )
+    for arm in arms:
+        compared = arm.num_compared_outputs
+        table.add_row(
+            arm.name,
+            str(arm.draft_length),
+            _number(arm.mean_acceptance_length, 2),
+            _number(statistics.median(arm.plain_tok_per_s), 0),
+            _number(statistics.median(arm.speculative_tok_per_s), 0),
+            f"{arm.speedup.median:.2f}x",
+            f"{arm.speedup.lowest:.2f}-{arm.speedup.highest:.2f}",
+            "-" if compared is None else f"{arm.num_identical_outputs}/{compared}",
+            f"{arm.repeated_text_share_speculative:.0%}",
+        )
+    console.print(table)
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def _number(value: float | None, digits: int) -> str:
