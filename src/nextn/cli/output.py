@@ -45,10 +45,10 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
 
 
 def print_arms(console: Console, arms: Sequence[DecodingArm]) -> None:
-    """Speculative beside plain decoding; AL is the mean acceptance length, rates are medians."""
+    """Speculative beside plain decoding; AL is the mean acceptance length, rates are medians; `same`: equal outputs."""
     table = _table(
         "held-out prompts, speculative beside plain decoding",
-        ("arm", "N", "AL", "plain tok/s", "MTP tok/s", "speedup", "range", "identical", "repeated"),
+        ("arm", "N", "AL", "plain tok/s", "MTP tok/s", "speedup", "range", "same", "repeated"),
     )
     for arm in arms:
         compared = arm.num_compared_outputs
