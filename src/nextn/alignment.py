@@ -18,7 +18,7 @@ A label counts iff i+k+1 < T, the positions i..i+k+1 lie in one document, none o
 `IGNORED`. Invalid labels come out as `IGNORED`, so that a loss needs nothing else.
 
 While decoding, a row of n known tokens has trunk states for positions 0..n-1 at most; depth k then reads positions
-`0..n-1-k` with known tokens (`num_final_positions`), and later ones with drafted tokens (`embedded_position`).
+`0..n-1-k` with known tokens (`num_final_positions`), and later ones with drafted tokens (`embedded_positions`).
 """
 
 from __future__ import annotations
@@ -40,13 +40,11 @@ class DepthAlignment:
     """What one depth reads and predicts.
 
     Attributes:
-        depth: k; 0 is the next-token head.
         embedded_ids: t[i+k], int64 [B, T-k].
         labels: t[i+k+1] where valid, else `IGNORED`, int64 [B, T-k].
         num_positions: T-k, how many positions the depth has.
     """
 
-    depth: int
     embedded_ids: Tensor
     labels: Tensor
 
@@ -60,7 +58,7 @@ class DepthAlignment:
         """True where the position has a label that counts, bool [B, T-k]."""
         return self.labels != IGNORED
 
-    def of_previous(self, hidden: Tensor) -> Tensor:
+    def cut(self, hidden: Tensor) -> Tensor:
         """The previous depth's states (or document ids) at this depth's positions.
 
         Args:
@@ -102,8 +100,8 @@ def align(
             raise ValueError(f"{name} has shape {tuple(other.shape)}, input_ids {tuple(input_ids.shape)}")
     labels = input_ids if labels is None else labels
     num_rows, row_length = input_ids.shape
-    num_positions = max(row_length - depth, 0)
-    num_labelled = max(row_length - depth - 1, 0)
+    num_positions = num_final_positions(row_length, depth)
+    num_labelled = num_final_positions(row_length, depth + 1)
 
     shifted = input_ids.new_full((num_rows, num_positions), IGNORED)
     shifted[:, :num_labelled] = labels[:, depth + 1 :]
@@ -112,7 +110,7 @@ def align(
         first, last = document_ids[:, :num_labelled], document_ids[:, depth + 1 :]
         together = (first == last) & (first != PADDING_DOCUMENT)
         shifted[:, :num_labelled] = shifted[:, :num_labelled].masked_fill(~together, IGNORED)
-    return DepthAlignment(depth=depth, embedded_ids=input_ids[:, depth:], labels=shifted)
+    return DepthAlignment(embedded_ids=input_ids[:, depth:], labels=shifted)
 
 
 def of_same_token(trunk_predictions: Tensor, depth: int) -> Tensor:
@@ -155,10 +153,10 @@ def num_final_positions(num_tokens: int, depth: int) -> int:
     return max(num_tokens - depth, 0)
 
 
-def embedded_position(position: int, depth: int) -> int:
-    """Index of the token that depth k embeds at position i: i + k.
+def embedded_positions(positions: Tensor, depth: int) -> Tensor:
+    """Index of the token that depth k embeds at each position i: i + k.
 
-    >>> embedded_position(4, depth=2)
-    6
+    >>> embedded_positions(torch.tensor([3, 4]), depth=2).tolist()
+    [5, 6]
     """
-    return position + depth
+    return positions + depth

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -87,11 +88,11 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file; use inside `atomic_folder`."""
     try:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, path, metadata={"format": "pt", **(metadata or {})})
+        save_file(contiguous, path, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
 
@@ -110,6 +111,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints of a run
+
+
+def checkpoint_folder(run_folder: Path, step: int) -> Path:
+    """RUN/checkpoints/step-XXXXXXXX."""
+    return run_folder / "checkpoints" / f"step-{step:08d}"
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    folder = run_folder / "checkpoints"
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return [folder / name for name in sorted(names) if re.fullmatch(r"step-\d{8}", name)]
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nextn.checkpoint import list_checkpoints
 from nextn.data import RowSampler
 from nextn.mtp import load_model
-from nextn.training import Trainer, TrainingResult, list_checkpoints, read_metrics
+from nextn.training import Trainer, TrainingResult, read_metrics
 from nextn.training.metrics import TIMING_FIELDS
 from tests.e2e import tiny_run
 from tests.e2e.tiny_run import recipe_with

@@ -12,11 +12,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from nextn.config import Recipe, from_table
+from nextn.checkpoint import list_checkpoints
+from nextn.config import Recipe
 from nextn.data import PackedTokens
 from nextn.errors import CheckpointError, ConfigError, DataError, DeviceError, DivergenceError
+from nextn.model.device import resolve_device
 from nextn.mtp import MTPModel, load_model
-from nextn.training import list_checkpoints, read_metrics, resolve_device, resolve_precision, trainer
+from nextn.tables import from_table
+from nextn.training import read_metrics, resolve_precision, trainer
 from nextn.training.metrics import TIMING_FIELDS, MetricsWriter, keep_lines
 from nextn.training.state import remove_old_checkpoints
 from tests.e2e import tiny_run
@@ -126,7 +129,7 @@ def test_divergence_stops_with_a_message_and_leaves_weights_and_the_last_checkpo
 
     def step():
         if run.state.clock.step == 6:
-            parameter = run.model.scheme.stored_modules()[0].eh_proj.weight
+            parameter = run.model.scheme.layers[0].eh_proj.weight
             if poisoned == "loss":
                 parameter.data[0, 0] = float("nan")
             else:

@@ -53,7 +53,7 @@ def bigram_model(seed: int) -> MTPModel:
     what the trunk sees at i+k.
     """
     model = random_model(seed)
-    modules = model.scheme.stored_modules()
+    modules = model.scheme.layers
     for block in [*model.trunk.model.layers, *(module.block for module in modules)]:
         for name, weight in block.named_parameters():
             if "o_proj" in name or "down_proj" in name:
@@ -67,7 +67,7 @@ def bigram_model(seed: int) -> MTPModel:
 def contrary_model(seed: int) -> MTPModel:
     """The bigram model with its modules' states negated: they prefer the least likely token, and no draft is right."""
     model = bigram_model(seed)
-    for module in model.scheme.stored_modules():
+    for module in model.scheme.layers:
         module.shared_head["norm"].weight.neg_()
     return model
 

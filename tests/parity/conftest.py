@@ -9,8 +9,9 @@ import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from nextn.config import ModelConfig, MTPConfig, RopeConfig, to_table
+from nextn.config import ModelConfig, MTPConfig, RopeConfig
 from nextn.mtp import MTPModel
+from nextn.tables import to_table
 
 SMALL = ModelConfig(
     vocab_size=61,

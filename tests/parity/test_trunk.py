@@ -30,7 +30,7 @@ def test_cached_decoding_gives_the_logits_of_transformers_step_by_step(shape: Mo
     for width in (9, 1, 1, 4, 1, 8):  # prompt, single tokens, and the several tokens of a verification
         part = ids[:, start : start + width]
         positions = torch.arange(start, start + width).expand(2, -1)
-        hidden = trunk.hidden_states(part, positions, cache=cache, num_keys=start + width)
+        hidden = trunk.hidden_states(part, trunk.cached_context(positions), cache)
         out = hf(part, past_key_values=theirs_cache, use_cache=True)
         theirs_cache, start = out.past_key_values, start + width
         assert relative_error(trunk.output_head(trunk.final_norm(hidden)), out.logits) < TOLERANCE

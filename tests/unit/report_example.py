@@ -9,7 +9,7 @@ import random
 import sys
 from pathlib import Path
 
-from nextn import config
+from nextn import config, tables
 from nextn.decoding.statistics import AcceptanceStatistics
 from nextn.report import html, schema
 
@@ -26,7 +26,7 @@ def history() -> tuple[dict, ...]:
         losses = [value + noise.gauss(0, 0.03) for value in loss]
         lines.append(
             {"kind": "train", "step": step, "num_tokens": step * 4096, "loss": losses[0] + 0.1 * sum(losses[1:]),
-             "loss_per_depth": losses, "mtp_weights": [0.1] * NUM_DEPTHS, "learning_rate": 1e-3, "grad_norm": 0.8,
+             "loss_per_depth": losses, "depth_weights": [0.1] * NUM_DEPTHS, "learning_rate": 1e-3, "grad_norm": 0.8,
              "tok_per_s": 9876.0, "elapsed_s": step * 0.41,
              "expert_load_max_over_mean": 1.12 + 1.3 * math.exp(-step / 80)}
         )  # fmt: skip
@@ -87,7 +87,7 @@ def example() -> schema.RunReport:
         ),
         notes=("Four minutes of training leave a model undertrained: the figures show the mechanism, not what MTP "
                "reaches at scale.",),
-        settings=json.loads(json.dumps(config.to_table(config.Recipe(mtp=config.MTPConfig(num_depths=NUM_DEPTHS))))),
+        settings=json.loads(json.dumps(tables.to_table(config.Recipe(mtp=config.MTPConfig(num_depths=NUM_DEPTHS))))),
         provenance={
             "time_utc": "2026-11-22T14:39:54+00:00", "command": ["nextn", "demo"], "seed": 0,
             "nextn": {"version": "0.1.0", "commit": "443eac2f", "has_changes": False},

@@ -12,7 +12,7 @@ from nextn.alignment import (
     PADDING_DOCUMENT,
     align,
     count_labels,
-    embedded_position,
+    embedded_positions,
     num_final_positions,
 )
 
@@ -82,8 +82,8 @@ def test_with_tokens_equal_to_their_position_the_shift_can_be_read_off(depth: in
 
 @given(st.integers(0, 20), st.integers(0, 5))
 def test_final_positions_are_those_whose_embedded_token_is_known(num_tokens: int, depth: int):
-    readable = [i for i in range(num_tokens) if embedded_position(i, depth) < num_tokens]
-    assert len(readable) == num_final_positions(num_tokens, depth)
+    readable = embedded_positions(torch.arange(num_tokens), depth) < num_tokens
+    assert readable.sum() == num_final_positions(num_tokens, depth)
 
 
 def test_a_depth_that_reaches_past_the_row_is_empty_and_counts_nothing():

@@ -117,8 +117,9 @@ def test_a_truncated_file_is_an_error(tmp_path: Path):
 
 
 def test_foreign_missing_and_pickled_checkpoints_are_refused(tmp_path: Path):
-    with pytest.raises(CheckpointError, match="no checkpoint folder"):
+    with pytest.raises(CheckpointError, match="neither a checkpoint"):
         load_model(tmp_path / "none")
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="found none"):
         load_model(tmp_path)
     torch.save({}, tmp_path / "pytorch_model.bin")
@@ -139,7 +140,7 @@ def test_unknown_dtype_and_device_are_refused(tmp_path: Path):
     saved(tmp_path / "a")
     with pytest.raises(DeviceError, match="unknown dtype 'int3'; known: float32"):
         load_model(tmp_path / "a", dtype="int3")
-    with pytest.raises(DeviceError, match="device 'warp' is not available"):
+    with pytest.raises(DeviceError, match="unknown device 'warp'"):
         load_model(tmp_path / "a", device="warp")
 
 

@@ -6,19 +6,9 @@ import dataclasses
 
 import pytest
 
-from nextn.config import (
-    ModelConfig,
-    MTPConfig,
-    OptimizerConfig,
-    Recipe,
-    RopeConfig,
-    describe,
-    from_table,
-    load_recipe,
-    override,
-    to_table,
-)
+from nextn.config import ModelConfig, MTPConfig, OptimizerConfig, Recipe, RopeConfig, load_recipe
 from nextn.errors import ConfigError
+from nextn.tables import from_table, override, to_table
 
 
 def test_a_recipe_survives_the_round_trip_through_a_table():
@@ -39,11 +29,13 @@ def test_a_recipe_survives_the_round_trip_through_a_table():
 
 def test_every_setting_says_what_it_means():
     def walk(settings_class):
-        for name, default, meaning in describe(settings_class):
+        defaults = settings_class()
+        for setting in dataclasses.fields(settings_class):
+            default = getattr(defaults, setting.name)
             if dataclasses.is_dataclass(default):
                 walk(type(default))
             else:
-                assert meaning, f"{settings_class.__name__}.{name} has no meaning"
+                assert setting.metadata["doc"], f"{settings_class.__name__}.{setting.name} has no meaning"
 
     walk(Recipe)
 

@@ -46,4 +46,4 @@ def test_parameters_are_counted_once_and_split_by_owner():
 
 def test_plain_training_costs_nothing_for_mtp():
     cost = model_cost(MTPModel(TINY, MTPConfig(num_depths=0)), 32)
-    assert (cost.num_mtp_parameters, cost.mtp_flops_per_token, cost.mtp_flops_share) == (0, 0, 0)
+    assert (cost.num_mtp_parameters, cost.mtp_flops_per_token, cost.mtp_flops_overhead) == (0, 0, 0)

@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-import importlib.resources
+import math
 import shutil
-import tomllib
+import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
 import nextn
-from nextn.checkpoint import read_json, write_json
-from nextn.cli.output import print_arms, print_evaluation
-from nextn.config import Recipe, from_table, override
+from nextn.checkpoint import list_checkpoints, read_json, write_json
+from nextn.cli.output import interruptible, messages, print_arms, print_evaluation
+from nextn.config import Recipe, load_recipe
 from nextn.errors import ConfigError
+from nextn.model.device import resolve_device
 from nextn.report.html import write_report
 from nextn.report.measurement import ARMS, acceptance_probe
 from nextn.report.provenance import collect
 from nextn.report.run import report_of_run
 from nextn.report.schema import to_table
+from nextn.tables import from_table
 from nextn.training import (
     PreparedData,
     Trainer,
     fit_vocabulary,
-    list_checkpoints,
     new_model,
     prepare_data,
-    resolve_device,
     time_steps,
 )
+
+DEMO_RECIPE = Path(__file__).with_name("demo.toml")
+
+DEFAULT_MINUTES = 4.0
 
 MIN_STEPS = 40
 """A run is at least this long, however slow the machine."""
@@ -41,7 +45,7 @@ MIN_STEPS = 40
 
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option(help="How long to train.")] = 4.0,
+    minutes: Annotated[float | None, typer.Option(help="How long to train; 4 by default.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a setting; may be repeated.")
     ] = None,
@@ -60,10 +64,13 @@ def demo(
 
         nextn demo --fresh --set mtp.num_depths=1 --set mtp.share_weights=false
     """
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = messages()
     if fresh and out.exists():
         _delete_run(out)
-    recipe, provenance, data = _resume_plan(out, set_) or _plan(out, minutes, set_, console)
+    plan = _resume_plan(out, minutes, set_)
+    if plan is None:
+        plan = _plan(DEFAULT_MINUTES if minutes is None else minutes, set_ or (), console)
+    recipe, provenance, data = plan
     model = new_model(recipe, data.tokenizer)
     trainer = Trainer(
         recipe,
@@ -75,7 +82,8 @@ def demo(
         provenance=provenance,
         console=console,
     )
-    result = trainer.train(resume=(out / "recipe.json").exists())
+    with interruptible(console, f"call nextn demo --out {out} again to go on from the last checkpoint"):
+        result = trainer.train(resume=(out / "recipe.json").exists())
     print_evaluation(Console(), result.evaluation)
 
     trained = nextn.load(result.checkpoint)  # what is measured is what was written: the checkpoint, in float32
@@ -91,7 +99,6 @@ def demo(
             data,
             provenance,
             num_repeats=repeats,
-            notes=_notes(recipe, repeats, result.evaluation["loss_per_depth"]),
             progress=lambda: bar.advance(task),
         )
     write_json(out / "report.json", to_table(report))
@@ -102,35 +109,41 @@ def demo(
     console.print(f'try:    nextn generate {out} -p "def main(" --show-drafts')
 
 
-def _plan(
-    out: Path, minutes: float, assignments: list[str] | None, console: Console
-) -> tuple[Recipe, dict[str, Any], PreparedData]:
+def _plan(minutes: float, assignments: Sequence[str], console: Console) -> tuple[Recipe, dict[str, Any], PreparedData]:
     """A new run: the demo's recipe, as many steps as fit the minutes."""
-    if minutes <= 0:
+    if not 0 < minutes < math.inf:
         raise ConfigError(f"--minutes must be above 0, got {minutes:g}")
-    table = tomllib.loads(importlib.resources.files("nextn.cli").joinpath("demo.toml").read_text(encoding="utf-8"))
-    recipe = from_table(Recipe, override(table, assignments or ()))
+    if any(assignment.startswith("training.num_steps") for assignment in assignments):
+        raise ConfigError("the demo sets training.num_steps from --minutes; for a fixed number use nextn train")
+    recipe = load_recipe(DEMO_RECIPE, assignments)
     data = prepare_data(recipe.data)
     recipe = fit_vocabulary(recipe, data.tokenizer)
-    console.print(
-        f"{data.corpus.name}: {len(data.train):,} tokens to train on, {len(data.validation):,} held out; "
-        "timing a few steps with and without MTP"
-    )
-    times = time_steps(recipe, data)
-    num_steps = max(MIN_STEPS, round(minutes * 60 / times.mtp_step_s))
-    recipe = replace(recipe, training=replace(recipe.training, num_steps=num_steps))
     device = resolve_device(recipe.training.device)
+    console.print(f"{data.summary()}; timing a few steps with and without MTP")
+    seconds = time_steps(recipe, data, (0, recipe.mtp.num_depths))
+    plain_s, mtp_s = (statistics.median(seconds[num_depths]) for num_depths in (0, recipe.mtp.num_depths))
+    num_steps = max(MIN_STEPS, round(minutes * 60 / mtp_s))
+    recipe = replace(recipe, training=replace(recipe.training, num_steps=num_steps))
     provenance = collect(seed=recipe.training.seed, device=device, corpus=data.provenance())
-    provenance["training_cost"] = vars(times) | {"mtp_time_share": times.mtp_time_share}
+    provenance["training_cost"] = {
+        "plain_step_s": plain_s,
+        "mtp_step_s": mtp_s,
+        "mtp_time_overhead": mtp_s / plain_s - 1,
+    }
     return recipe, provenance, data
 
 
-def _resume_plan(out: Path, assignments: list[str] | None) -> tuple[Recipe, dict[str, Any], PreparedData] | None:
+def _resume_plan(
+    out: Path, minutes: float | None, assignments: Sequence[str] | None
+) -> tuple[Recipe, dict[str, Any], PreparedData] | None:
     """The plan of the run that is already in `out`, None if there is none."""
     if not (out / "recipe.json").exists():
         return None
-    if assignments:
-        raise ConfigError(f"{out} already holds a run; --set needs --fresh (which deletes it) or another --out")
+    if assignments or minutes is not None:
+        raise ConfigError(
+            f"{out} already holds a run, which --set and --minutes cannot change; add --fresh (which deletes it) or "
+            "choose another --out"
+        )
     recipe = from_table(Recipe, read_json(out / "recipe.json"))
     return recipe, read_json(out / "provenance.json"), prepare_data(recipe.data)
 
@@ -140,25 +153,3 @@ def _delete_run(out: Path) -> None:
     if not (out / "recipe.json").exists() and not list_checkpoints(out):
         raise ConfigError(f"--fresh deletes a run, and {out} does not look like one (no recipe.json)")
     shutil.rmtree(out)
-
-
-def _notes(recipe: Recipe, repeats: int, loss_per_depth: list[float]) -> tuple[str, ...]:
-    """What a reader must know to judge the figures."""
-    evaluation = recipe.evaluation
-    notes = (
-        f"Decoding was measured on {evaluation.num_prompts} prompts of {evaluation.prompt_length} tokens from files "
-        f"held out of training, {evaluation.max_new_tokens} new tokens each, {repeats} repeats, in float32 on "
-        f"{torch.get_num_threads()} CPU threads.",
-        "The baseline is this library's own plain cached decoding of the same weights in the same process, repeats "
-        "in turn; acceptance is not speed.",
-        "A model trained for minutes is undertrained: its greedy text loops, which flatters acceptance. Judge it "
-        "by the sampled figures too.",
-    )
-    if min(loss_per_depth) == loss_per_depth[0]:
-        return notes
-    return (
-        *notes,
-        "Here an MTP depth predicts its label better than depth 0 does. It is not a leak: both have read the same true "
-        "tokens, and tests show that no later one has any effect. The depth has one layer more, and reads the newest "
-        "token beside the trunk's finished summary of all before it.",
-    )

@@ -12,13 +12,13 @@ from rich.console import Console
 import nextn
 from nextn.checkpoint import read_json, write_json
 from nextn.cli.output import print_evaluation
-from nextn.config import Recipe, from_table, to_table
+from nextn.config import Recipe
 from nextn.data import validation_rows
 from nextn.errors import DataError
 from nextn.mtp import find_checkpoint
 from nextn.report.measurement import acceptance_probe
 from nextn.report.provenance import collect
-from nextn.report.run import bytes_per_token
+from nextn.tables import from_table, to_table
 from nextn.training import evaluate_teacher_forced, prepare_data
 
 
@@ -55,7 +55,7 @@ def evaluate(
     forced = evaluate_teacher_forced(
         model,
         rows,
-        bytes_per_token(data.validation),
+        data.validation.bytes_per_token,
         rows_per_forward=recipe.training.batch_size,
         isolate_documents=data_config.isolate_documents,
     )

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.text import Text
 
 import nextn
+from nextn.cli.output import messages
 from nextn.decoding import GenerationResult
 from nextn.errors import GenerationError
-from nextn.mtp import MTPModel, find_checkpoint
+from nextn.mtp import MTPModel
 from nextn.report.schema import pieces_of
 
 DEPTH_STYLES = ("", "black on #9ad1f5", "black on #a8e0b0", "black on #f5dd8a", "black on #f2b38c", "black on #dcb3ee")
@@ -48,9 +49,9 @@ def generate(
     prompts = [sys.stdin.read() if text == "-" else text for text in prompt or ()]
     if not prompts:
         raise GenerationError('no prompt; give one with -p "TEXT", or -p - to read standard input')
-    model = nextn.load(find_checkpoint(path), device=device, dtype=dtype)
+    model = nextn.load(path, device=device, dtype=dtype)
     if model.scheme is None and draft_length:
-        Console(stderr=True).print("this model has no MTP depths: decoding plainly")
+        messages().print("this model has no MTP depths: decoding plainly")
         draft_length = 0
     result = nextn.generate(
         model,
@@ -69,7 +70,7 @@ def generate(
         console.print(Text(text, style="dim"), end="")
         console.print(_coloured(model, result, index) if show_drafts else Text(result.texts[index]))
     if show_drafts:
-        _print_statistics(Console(stderr=True, highlight=False), result, draft_length)
+        _print_statistics(messages(), result, draft_length)
 
 
 def _coloured(model: MTPModel, result: GenerationResult, index: int) -> Text:
@@ -87,9 +88,8 @@ def _print_statistics(console: Console, result: GenerationResult, draft_length: 
         legend.append(f" depth {depth} ", style=DEPTH_STYLES[min(depth, len(DEPTH_STYLES) - 1)])
     console.print(legend)
     stats, num_new = result.stats, sum(len(ids) for ids in result.token_ids)
-    rate = (num_new - len(result.token_ids)) / result.decode_s if result.decode_s else 0.0
     console.print(
-        f"{num_new} tokens, {result.num_trunk_forwards} trunk forwards, {rate:.0f} tokens/s; "
+        f"{num_new} tokens, {result.num_trunk_forwards} trunk forwards, {result.decode_tok_per_s:.0f} tokens/s; "
         f"N = {draft_length}: mean acceptance length {stats.mean_acceptance_length:.2f}, "
         f"accepted {stats.num_accepted_tokens} of {stats.num_draft_tokens} drafted"
     )

@@ -16,7 +16,6 @@ from nextn.cli.train import train
 from nextn.errors import NextnError
 
 app = typer.Typer(
-    help="Multi-token prediction for language models: train with it, measure it, decode losslessly with it.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -46,10 +45,3 @@ def main() -> None:
     except NextnError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the last checkpoint is complete, and `--resume` goes on from it")
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

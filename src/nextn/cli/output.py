@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from nextn.report.schema import DecodingArm
+
+
+def messages() -> Console:
+    """Where progress and hints go: standard error, text as it is, so that standard output holds results only."""
+    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+@contextmanager
+def interruptible(console: Console, hint: str) -> Iterator[None]:
+    """Ctrl-C inside the block prints `hint` and exits with code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"interrupted; {hint}")
+        raise typer.Exit(130) from None
 
 
 def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:

@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nextn.cli.output import print_evaluation
+from nextn.cli.output import interruptible, messages, print_evaluation
 from nextn.config import load_recipe
+from nextn.model.device import resolve_device
 from nextn.report.measurement import acceptance_probe
 from nextn.report.provenance import collect
-from nextn.training import Trainer, fit_vocabulary, new_model, prepare_data, resolve_device
+from nextn.training import Trainer, fit_vocabulary, new_model, prepare_data
 
 
 def train(
@@ -36,17 +37,13 @@ def train(
 
         nextn train recipes/python-stdlib.toml --resume
     """
-    console = Console(stderr=True, soft_wrap=True)
+    console = messages()
     settings = load_recipe(recipe, set_ or ())
     device = resolve_device(settings.training.device)
     run_folder = out or Path("runs") / recipe.stem
     data = prepare_data(settings.data)
     settings = fit_vocabulary(settings, data.tokenizer)
-    console.print(
-        f"{data.corpus.name}: {len(data.train):,} tokens to train on, {len(data.validation):,} held out; "
-        f"run folder {run_folder}",
-        highlight=False,
-    )
+    console.print(f"{data.summary()}; run folder {run_folder}")
     trainer = Trainer(
         settings,
         new_model(settings, data.tokenizer),
@@ -57,7 +54,8 @@ def train(
         provenance=collect(seed=settings.training.seed, device=device, corpus=data.provenance()),
         console=console,
     )
-    result = trainer.train(resume=resume)
+    with interruptible(console, "the last checkpoint is complete, and --resume goes on from it"):
+        result = trainer.train(resume=resume)
     print_evaluation(Console(), result.evaluation)
     console.print(f"model: {result.checkpoint}")
     console.print(f'try:   nextn generate {result.checkpoint} -p "def " --show-drafts')

@@ -53,6 +53,11 @@ class PackedTokens:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text per token, ends of text counted as tokens of no bytes."""
+        return self.num_bytes / len(self)
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nextn.alignment import embedded_position, num_final_positions
+from nextn.alignment import embedded_positions, num_final_positions
 from nextn.decoding.sampling import SamplingConfig, choose, transform
 from nextn.model import Trunk
 from nextn.mtp.scheme import Scheme
@@ -94,10 +94,9 @@ class Drafter:
                 self._trunk,
                 depth,
                 self._load(depth - 1, positions),
-                token_ids.gather(1, positions + embedded_position(0, depth)),
-                positions,
-                cache=self._cache.layers[depth - 1],
-                num_keys=num_keys,
+                token_ids.gather(1, embedded_positions(positions, depth)),
+                self._trunk.cached_context(positions, num_keys),
+                self._cache,
             )
             if depth < len(self._states):
                 self._store(depth, positions, state.carry)

@@ -56,6 +56,12 @@ class GenerationResult:
     prefill_s: float
     decode_s: float
 
+    @property
+    def decode_tok_per_s(self) -> float:
+        """New tokens per second of decoding; each row's first token, which reading the prompt gives, is not counted."""
+        num_tokens = sum(len(ids) - 1 for ids in self.token_ids)
+        return num_tokens / self.decode_s if num_tokens else 0.0
+
 
 @dataclass(frozen=True)
 class _Request:
@@ -196,7 +202,7 @@ def _decode(model: MTPModel, prompt_ids: list[int], number: int, request: _Reque
     def read(first: int, end: int) -> Tensor:
         """Trunk states of the tokens at positions first..end-1, [1, end - first, C]; the drafter sees them too."""
         span = positions[:, first:end]
-        hidden = trunk.hidden_states(token_ids[:, first:end], span, cache=cache, num_keys=end)
+        hidden = trunk.hidden_states(token_ids[:, first:end], trunk.cached_context(span, num_keys=end), cache)
         if drafter is not None:
             drafter.observe(hidden, span)
         return hidden

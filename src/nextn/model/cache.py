@@ -37,8 +37,6 @@ class Cache:
     """
 
     layers: tuple[LayerCache, ...]
-    num_rows: int
-    capacity: int
 
     @staticmethod
     def allocate(
@@ -47,7 +45,7 @@ class Cache:
         """A cache of zeros for `num_rows` rows (B) of at most `capacity` tokens."""
         shape = (num_rows, capacity, latent_dim)
         layers = tuple(LayerCache(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(num_layers))
-        return Cache(layers, num_rows, capacity)
+        return Cache(layers)
 
     @property
     def num_bytes(self) -> int:

@@ -13,7 +13,7 @@ from nextn.model.rope import RotaryTable
 
 @dataclass(frozen=True)
 class LayerContext:
-    """Built once per forward by `layer_context`, read by every layer.
+    """Built once per forward by `whole_rows` or `cached_rows`, read by every layer.
 
     Attributes:
         cos, sin: rotary factors of the queries' positions, [B or 1, M, R/2].
@@ -31,34 +31,20 @@ class LayerContext:
     num_keys: int | None = None
 
 
-def layer_context(
-    rotary: RotaryTable,
-    num_positions: int,
-    positions: Tensor | None = None,
-    document_ids: Tensor | None = None,
-    cached: bool = False,
-    num_keys: int | None = None,
-) -> LayerContext:
-    """The context of a forward over M positions.
+def whole_rows(rotary: RotaryTable, num_positions: int, document_ids: Tensor | None = None) -> LayerContext:
+    """Positions 0..M-1 of rows read at once; documents `document_ids`, int64 [B, M], do not see each other."""
+    cos, sin = rotary(num_positions, None)
+    if document_ids is None:
+        return LayerContext(cos, sin)
+    return LayerContext(cos, sin, document_mask(document_ids), document_ids != PADDING_DOCUMENT)
 
-    Args:
-        rotary: table of cos and sin.
-        num_positions: M.
-        positions: int64 [B, M]; None: 0..M-1. Required with a cache, where position = slot.
-        document_ids: int64 [B, M], documents that do not see each other; not together with a cache.
-        cached: whether keys come from a cache.
-        num_keys: largest position + 1, if the caller knows it (saves reading it back from the device).
 
-    Raises:
-        ValueError: a cache without positions, or with documents.
+def cached_rows(rotary: RotaryTable, positions: Tensor, num_keys: int | None = None) -> LayerContext:
+    """Some positions, int64 [B, M], of rows whose earlier positions are in a cache; position = slot.
+
+    `num_keys` is the largest position + 1; None reads it back from the device.
     """
-    cos, sin = rotary(num_positions, positions)
-    if not cached:
-        if document_ids is None:
-            return LayerContext(cos, sin)
-        return LayerContext(cos, sin, document_mask(document_ids), document_ids != PADDING_DOCUMENT)
-    if positions is None or document_ids is not None:
-        raise ValueError("a forward with a cache needs positions and takes no document_ids")
+    cos, sin = rotary(positions.shape[1], positions)
     num_keys = int(positions.max()) + 1 if num_keys is None else num_keys
     return LayerContext(cos, sin, cached_mask(positions, num_keys), None, positions, num_keys)
 

@@ -13,7 +13,7 @@ from nextn.config import ModelConfig
 from nextn.model.attention import LatentAttention
 from nextn.model.blocks import DecoderLayer
 from nextn.model.cache import Cache
-from nextn.model.context import LayerContext, layer_context
+from nextn.model.context import LayerContext, cached_rows, whole_rows
 from nextn.model.moe import MLP, Experts, Router
 from nextn.model.norm import RMSNorm
 from nextn.model.rope import RotaryTable
@@ -54,31 +54,25 @@ class Transformer(nn.Module):
         """int64 [B, M] -> [B, M, C]."""
         return F.embedding(token_ids, self.model.embed_tokens.weight)
 
-    def context(
-        self,
-        num_positions: int,
-        positions: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cached: bool = False,
-        num_keys: int | None = None,
-    ) -> LayerContext:
-        """What the layers of one forward share; see `layer_context`."""
-        return layer_context(self.rotary, num_positions, positions, document_ids, cached, num_keys)
+    def context(self, num_positions: int, document_ids: Tensor | None = None) -> LayerContext:
+        """For whole rows of M positions; see `whole_rows`."""
+        return whole_rows(self.rotary, num_positions, document_ids)
+
+    def cached_context(self, positions: Tensor, num_keys: int | None = None) -> LayerContext:
+        """For positions int64 [B, M] after cached ones; see `cached_rows`."""
+        return cached_rows(self.rotary, positions, num_keys)
 
     def hidden_states(
-        self,
-        token_ids: Tensor,
-        positions: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cache: Cache | None = None,
-        num_keys: int | None = None,
+        self, token_ids: Tensor, context: LayerContext | None = None, cache: Cache | None = None
     ) -> Tensor:
         """State after the last layer, before the final norm: int64 [B, M] -> [B, M, C].
 
-        Without a cache: positions 0..M-1, `document_ids` [B, M] keeps packed documents apart. With a cache: `positions`
-        int64 [B, M] are the slots written, and each query sees the slots up to its own.
+        Args:
+            token_ids: int64 [B, M].
+            context: from `context`, or with a cache from `cached_context`; None: whole rows, one document each.
+            cache: its slots at the context's positions are written, and those up to each position are seen.
         """
-        context = self.context(token_ids.shape[1], positions, document_ids, cache is not None, num_keys)
+        context = self.context(token_ids.shape[1]) if context is None else context
         hidden = self.embed(token_ids)
         for index, layer in enumerate(self.model.layers):
             hidden = layer(hidden, context, None if cache is None else cache.layers[index])
@@ -94,7 +88,8 @@ class Transformer(nn.Module):
 
     def forward(self, token_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Next-token logits: int64 [B, T] -> [B, T, V]."""
-        return self.output_head(self.final_norm(self.hidden_states(token_ids, document_ids=document_ids)))
+        hidden = self.hidden_states(token_ids, self.context(token_ids.shape[1], document_ids))
+        return self.output_head(self.final_norm(hidden))
 
     def new_cache(self, num_rows: int, capacity: int, num_layers: int | None = None) -> Cache:
         """An empty cache for `num_layers` blocks (None: the trunk's own)."""

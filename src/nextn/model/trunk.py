@@ -11,16 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from nextn.model.cache import Cache, LayerCache
+from nextn.model.cache import Cache
 from nextn.model.context import LayerContext
-
-
-class Block(Protocol):
-    """One more layer of the trunk's own kind."""
-
-    def __call__(self, hidden: Tensor, context: LayerContext, cache: LayerCache | None = None) -> Tensor:
-        """[B, M, C] -> [B, M, C]."""
-        ...
 
 
 class Trunk(Protocol):
@@ -40,26 +32,18 @@ class Trunk(Protocol):
         """int64 [B, M] -> [B, M, C]."""
         ...
 
-    def context(
-        self,
-        num_positions: int,
-        positions: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cached: bool = False,
-        num_keys: int | None = None,
-    ) -> LayerContext:
-        """What the layers of one forward share; arguments as in `nextn.model.context.layer_context`."""
+    def context(self, num_positions: int, document_ids: Tensor | None = None) -> LayerContext:
+        """What the layers share in a forward over whole rows of M positions; documents int64 [B, M] stay apart."""
+        ...
+
+    def cached_context(self, positions: Tensor, num_keys: int | None = None) -> LayerContext:
+        """The same for positions int64 [B, M] after cached ones; `num_keys` = largest position + 1, if known."""
         ...
 
     def hidden_states(
-        self,
-        token_ids: Tensor,
-        positions: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cache: Cache | None = None,
-        num_keys: int | None = None,
+        self, token_ids: Tensor, context: LayerContext | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """State after the last layer, before the final norm: int64 [B, M] -> [B, M, C]."""
+        """State after the last layer, before the final norm: int64 [B, M] -> [B, M, C]; no context: whole rows."""
         ...
 
     def final_norm(self, hidden: Tensor) -> Tensor:
@@ -75,7 +59,7 @@ class Trunk(Protocol):
         ...
 
     def new_block(self) -> nn.Module:
-        """A fresh `Block` like the trunk's last layer, for an MTP module."""
+        """A fresh layer like the trunk's last one, called as block(hidden [B, M, C], context, layer_cache or None)."""
         ...
 
     def new_norm(self) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nextn.alignment import align, count_labels
 from nextn.config import ModelConfig, MTPConfig, ObjectiveConfig
-from nextn.model import Transformer
+from nextn.model import Transformer, Trunk
 from nextn.model.blocks import DecoderLayer
 from nextn.mtp.scheme import Scheme
 from nextn.mtp.sequential import Sequential
@@ -21,6 +21,10 @@ from nextn.objective import summed_cross_entropy, total_loss
 
 if TYPE_CHECKING:
     from nextn.data import Tokenizer
+
+
+SCHEMES: dict[str, Callable[[Trunk, MTPConfig], Scheme]] = {"sequential": Sequential}
+"""Schemes by their name in `mtp.scheme`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,9 @@ class MTPModel(nn.Module):
         super().__init__()
         self.config, self.mtp_config = config, mtp_config
         self.trunk = Transformer(config)
-        self.scheme: Scheme | None = Sequential(self.trunk, mtp_config) if mtp_config.num_depths else None
+        self.scheme: Scheme | None = None
+        if mtp_config.num_depths:
+            self.scheme = SCHEMES[mtp_config.scheme](self.trunk, mtp_config)
         self.tokenizer: Tokenizer | None = None
 
     def initialize(self, seed: int) -> MTPModel:
@@ -97,7 +103,7 @@ class MTPModel(nn.Module):
         if self.training:
             num_computed = max((depth for depth, weight in enumerate(weights, start=1) if weight), default=0)
 
-        hidden = self.trunk.hidden_states(input_ids, document_ids=document_ids)
+        hidden = self.trunk.hidden_states(input_ids, self.trunk.context(input_ids.shape[1], document_ids))
         logits = [self.trunk.output_head(self.trunk.final_norm(hidden))]
         if self.scheme is not None and num_computed:
             head_inputs = self.scheme(self.trunk, hidden, input_ids, document_ids, num_computed)

@@ -1,4 +1,4 @@
-"""What every multi-token prediction scheme offers: training states of all depths, one draft step, caches, sizes."""
+"""What every multi-token prediction scheme offers: training states of all depths, one draft step, caches, FLOPs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from nextn.alignment import align
-from nextn.model import Cache, LayerCache, Trunk
+from nextn.config import ModelConfig
+from nextn.model import Cache, LayerContext, Trunk
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,8 @@ class Scheme(nn.Module, abc.ABC):
         depth: int,
         hidden: Tensor,
         embedded_ids: Tensor,
-        positions: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cache: LayerCache | None = None,
-        num_keys: int | None = None,
+        context: LayerContext,
+        cache: Cache | None = None,
     ) -> DepthState:
         """Depth k at some positions.
 
@@ -56,10 +55,8 @@ class Scheme(nn.Module, abc.ABC):
             depth: k >= 1.
             hidden: h[k-1] at these positions, [B, M, C].
             embedded_ids: t[i+k] for each position i, int64 [B, M].
-            positions: i, int64 [B, M]; None: 0..M-1. Required with a cache.
-            document_ids: of positions i, int64 [B, M]; not with a cache.
-            cache: this depth's own cache layer; its slot i holds position i.
-            num_keys: largest position + 1, if known.
+            context: of the positions i, from the trunk's `context` or, with a cache, `cached_context`.
+            cache: from `new_cache`; slot i holds position i.
         """
 
     @abc.abstractmethod
@@ -67,8 +64,12 @@ class Scheme(nn.Module, abc.ABC):
         """Logits of t[i+k+1]: [B, M, C] -> [B, M, V]."""
 
     @abc.abstractmethod
-    def stored_modules(self) -> nn.ModuleList:
-        """The modules with weights of their own, in order: layers num_hidden_layers, ... of a checkpoint."""
+    def flops_per_token(self, config: ModelConfig, sequence_length: int) -> float:
+        """Forward FLOPs of all trained depths, heads included, per token of a row of `sequence_length` tokens."""
+
+    @abc.abstractmethod
+    def new_cache(self, trunk: Trunk, num_rows: int, capacity: int, draft_length: int) -> Cache:
+        """Empty cache for drafting `draft_length` depths."""
 
     def forward(
         self, trunk: Trunk, hidden: Tensor, input_ids: Tensor, document_ids: Tensor | None, num_depths: int
@@ -89,13 +90,9 @@ class Scheme(nn.Module, abc.ABC):
         carry = self.trunk_state(trunk, hidden)
         for depth in range(1, num_depths + 1):
             aligned = align(input_ids, depth)
-            documents = None if document_ids is None else aligned.of_previous(document_ids)
-            previous = aligned.of_previous(carry)
-            state = self.step(trunk, depth, previous, aligned.embedded_ids, document_ids=documents)
+            documents = None if document_ids is None else aligned.cut(document_ids)
+            context = trunk.context(aligned.num_positions, documents)
+            state = self.step(trunk, depth, aligned.cut(carry), aligned.embedded_ids, context)
             head_inputs.append(state.head_input)
             carry = state.carry
         return head_inputs
-
-    def new_cache(self, trunk: Trunk, num_rows: int, capacity: int, draft_length: int) -> Cache:
-        """One cache layer per drafted depth: depth k uses `layers[k - 1]`."""
-        return trunk.new_cache(num_rows, capacity, num_layers=draft_length)

@@ -13,13 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nextn.config import MTPConfig
-from nextn.model import LayerCache, Trunk
+from nextn.alignment import num_final_positions
+from nextn.config import ModelConfig, MTPConfig
+from nextn.model import Cache, LayerContext, Trunk
+from nextn.model.flops import block_flops, head_flops
 from nextn.mtp.scheme import DepthState, Scheme
 
 
 class SequentialModule(nn.Module):
-    """The weights of one module, under DeepSeek's names."""
+    """The weights of one module, under DeepSeek's names; `eh_proj.weight` is [C, 2C]."""
 
     def __init__(self, trunk: Trunk, config: MTPConfig):
         super().__init__()
@@ -59,18 +61,16 @@ class Sequential(Scheme):
         depth: int,
         hidden: Tensor,
         embedded_ids: Tensor,
-        positions: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cache: LayerCache | None = None,
-        num_keys: int | None = None,
+        context: LayerContext,
+        cache: Cache | None = None,
     ) -> DepthState:
         """Eq. 21, 22 and the norm of 23; see `Scheme.step`."""
         module = self.module_at(depth)
         parts = [module.enorm(trunk.embed(embedded_ids)), module.hnorm(hidden)]
         if self.config.concat == "hidden_first":
             parts.reverse()
-        context = trunk.context(hidden.shape[1], positions, document_ids, cache is not None, num_keys)
-        out = module.block(module.eh_proj(torch.cat(parts, dim=-1)), context, cache)
+        layer_cache = None if cache is None else cache.layers[depth - 1]
+        out = module.block(module.eh_proj(torch.cat(parts, dim=-1)), context, layer_cache)
         normed = module.shared_head["norm"](out) if self.config.head_norm == "own" else trunk.final_norm(out)
         return DepthState(carry=normed if self.config.carry == "post_norm" else out, head_input=normed)
 
@@ -78,6 +78,14 @@ class Sequential(Scheme):
         """The trunk's own output head at every depth."""
         return trunk.output_head(head_input)
 
-    def stored_modules(self) -> nn.ModuleList:
-        """The modules with weights of their own."""
-        return self.layers
+    def flops_per_token(self, config: ModelConfig, sequence_length: int) -> float:
+        """K times a block, eh_proj and the head, over the T-k positions depth k has."""
+        is_moe = config.is_moe_layer(config.num_hidden_layers - 1)
+        eh_proj = 2 * 2 * config.hidden_size**2
+        depth_flops = block_flops(config, is_moe, sequence_length) + eh_proj + head_flops(config)
+        num_positions = sum(num_final_positions(sequence_length, depth) for depth in range(1, self.num_depths + 1))
+        return depth_flops * num_positions / sequence_length
+
+    def new_cache(self, trunk: Trunk, num_rows: int, capacity: int, draft_length: int) -> Cache:
+        """One layer per drafted depth: depth k uses `layers[k - 1]`."""
+        return trunk.new_cache(num_rows, capacity, num_layers=draft_length)

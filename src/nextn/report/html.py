@@ -17,6 +17,7 @@ from nextn import checkpoint
 from nextn.config import Recipe
 from nextn.report import plots
 from nextn.report.schema import DecodingArm, RunReport, Sample
+from nextn.tables import flattened
 
 # Depth 0 is drawn in ink. Depths 1..n take colours along these ramps, in which hue and lightness both change, so that
 # the order shows without colour vision too.
@@ -31,7 +32,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 @dataclasses.dataclass(frozen=True)
-class Figure:
+class KeyFigure:
     """One of the large figures at the top."""
 
     value: str
@@ -61,7 +62,7 @@ def render(report: RunReport) -> str:
         used_depths=sorted({piece.depth for sample in report.samples for piece in sample.pieces}),
         longest=longest,
         settings=list(settings_rows(report.settings, Recipe)),
-        provenance=list(flattened(report.provenance)),
+        provenance=[(name, plain(value)) for name, value in flattened(report.provenance)],
     )
 
 
@@ -77,7 +78,7 @@ def headline(report: RunReport) -> list[str]:
     aim = f"to predict the next {model.num_depths + 1} tokens at every position instead of one"
     sentences = [
         f"A {count(model.num_parameters)}-parameter {kind}language model was trained for "
-        f"{duration(training.duration_s)} on {count(training.num_tokens)} tokens of {report.data.corpus}, "
+        f"{duration(training.training_s)} on {count(training.num_tokens)} tokens of {report.data.corpus}, "
         f"{aim if model.num_depths else 'without multi-token prediction'}."
     ]
     if not report.arms:
@@ -104,10 +105,10 @@ def headline(report: RunReport) -> list[str]:
     return sentences
 
 
-def key_figures(report: RunReport) -> list[Figure]:
+def key_figures(report: RunReport) -> list[KeyFigure]:
     """The figures one looks for first, each with what it means."""
     figures = [
-        Figure(
+        KeyFigure(
             fixed(arm.mean_acceptance_length),
             f"tokens per forward, {arm.name}",
             f"mean acceptance length, N = {arm.draft_length}",
@@ -115,7 +116,7 @@ def key_figures(report: RunReport) -> list[Figure]:
         for arm in report.arms
     ]
     figures += [
-        Figure(
+        KeyFigure(
             f"{fixed(arm.speedup.median)}{TIMES}",
             f"speedup, {arm.name}",
             f"wall clock, {fixed(arm.speedup.lowest)}\u00a0to\u00a0{fixed(arm.speedup.highest)}",
@@ -123,7 +124,7 @@ def key_figures(report: RunReport) -> list[Figure]:
         for arm in report.arms
     ]
     figures += [
-        Figure(
+        KeyFigure(
             f"{arm.num_identical_outputs} of {arm.num_compared_outputs}",
             "identical outputs",
             f"{arm.name}, against plain",
@@ -132,7 +133,7 @@ def key_figures(report: RunReport) -> list[Figure]:
         if arm.num_identical_outputs is not None
     ]
     figures.append(
-        Figure(fixed(report.teacher_forced.bits_per_byte_per_depth[0]), "bits per byte", "next token, held-out text")
+        KeyFigure(fixed(report.teacher_forced.bits_per_byte_per_depth[0]), "bits per byte", "next token, held-out text")
     )
     return figures
 
@@ -147,15 +148,6 @@ def settings_rows(table: Mapping[str, Any], kind: Any, prefix: str = "") -> Iter
             yield from settings_rows(value, hint, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", plain(value), meanings.get(key, "")
-
-
-def flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, value) of every leaf of a nested table."""
-    for key, value in table.items():
-        if isinstance(value, Mapping) and value:
-            yield from flattened(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", plain(value)
 
 
 def visible(text: str) -> str:

@@ -87,7 +87,7 @@ def measure_arm(
         for draft_length in sorted(rates, reverse=repeat % 2 == 1):
             result = _decode(model, held_out.prompts, config, draft_length, temperature)
             results.setdefault(draft_length, result)
-            rates[draft_length].append(_decoded_tokens(result) / result.decode_s)
+            rates[draft_length].append(result.decode_tok_per_s)
             progress()
     plain, speculative = results[0], results[config.draft_length]
     is_greedy = temperature == 0.0
@@ -126,11 +126,6 @@ def _decode(
         temperature=temperature,
         eos_token_id=None,
     )
-
-
-def _decoded_tokens(result: GenerationResult) -> int:
-    """New tokens less each row's first, which comes from reading the prompt."""
-    return sum(len(ids) - 1 for ids in result.token_ids)
 
 
 def _samples(model: MTPModel, arm: str, held_out: HeldOutPrompts, result: GenerationResult) -> tuple[Sample, ...]:

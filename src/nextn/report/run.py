@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nextn.config import Recipe, to_table
-from nextn.data import PackedTokens
+import torch
+
+from nextn.config import Recipe
 from nextn.mtp import MTPModel
 from nextn.mtp.cost import model_cost
 from nextn.report.measurement import ARMS, held_out_prompts, mean_repeated_share, measure_arm
@@ -20,7 +21,14 @@ from nextn.report.schema import (
     TeacherForcedFacts,
     TrainingFacts,
 )
+from nextn.tables import to_table
 from nextn.training import PreparedData, read_metrics
+
+NUM_SAMPLES = 3
+"""Texts shown per arm."""
+
+LOOPING_SHARE = 0.3
+"""Greedy text of which more than this repeats itself is called looping."""
 
 
 def report_of_run(
@@ -32,8 +40,6 @@ def report_of_run(
     provenance: dict[str, Any],
     *,
     num_repeats: int,
-    num_samples: int = 3,
-    notes: tuple[str, ...] = (),
     progress: Callable[[], None] = lambda: None,
 ) -> RunReport:
     """Measure decoding and gather the facts of a finished run.
@@ -46,8 +52,6 @@ def report_of_run(
         data: what it was trained on and what was held out.
         provenance: as `provenance.collect` gives it; `training_cost` holds step times measured beside K = 0, if any.
         num_repeats: timed pairs per arm.
-        num_samples: texts shown per arm.
-        notes: what a reader must know to judge the figures.
         progress: called 2 * num_repeats times per arm.
     """
     history = tuple(read_metrics(run_folder / "metrics.jsonl"))
@@ -59,7 +63,7 @@ def report_of_run(
     for name in ARMS if model.scheme is not None else ():
         arm, texts = measure_arm(model, held_out, recipe.evaluation, name, num_repeats, progress)
         arms.append(arm)
-        samples += texts[:num_samples]
+        samples += texts[:NUM_SAMPLES]
     return RunReport(
         title=title,
         data=_data_facts(recipe, data),
@@ -67,10 +71,10 @@ def report_of_run(
         training=TrainingFacts(
             num_steps=last_train["step"],
             num_tokens=last_train["num_tokens"],
-            duration_s=last_train["elapsed_s"],
-            tok_per_s=last_train["num_tokens"] / last_train["elapsed_s"],
-            mtp_flops_share=model_cost(model, recipe.data.sequence_length).mtp_flops_share,
-            mtp_time_share=provenance.get("training_cost", {}).get("mtp_time_share"),
+            training_s=last_train["training_s"],
+            tok_per_s=last_train["num_tokens"] / last_train["training_s"],
+            mtp_flops_overhead=model_cost(model, recipe.data.sequence_length).mtp_flops_overhead,
+            mtp_time_overhead=provenance.get("training_cost", {}).get("mtp_time_overhead"),
             history=history,
         ),
         teacher_forced=TeacherForcedFacts(
@@ -79,10 +83,36 @@ def report_of_run(
         arms=tuple(arms),
         repeated_text_share_held_out=mean_repeated_share(held_out.continuations),
         samples=tuple(samples),
-        notes=notes,
+        notes=_notes(recipe, num_repeats, arms, last_evaluation["loss_per_depth"]),
         settings=to_table(recipe),
         provenance=_without_files(provenance),
     )
+
+
+def _notes(recipe: Recipe, num_repeats: int, arms: list[DecodingArm], loss_per_depth: list[float]) -> tuple[str, ...]:
+    """What a reader must know to judge the figures."""
+    evaluation = recipe.evaluation
+    notes = []
+    if arms:
+        notes += [
+            f"Decoding was measured on {evaluation.num_prompts} prompts of {evaluation.prompt_length} tokens from "
+            f"files held out of training, {evaluation.max_new_tokens} new tokens each, {num_repeats} repeats, in "
+            f"float32 on {torch.get_num_threads()} CPU threads.",
+            "The baseline is this library's own plain cached decoding of the same weights in the same process, repeats "
+            "in turn. Acceptance is not speed.",
+        ]
+    if any(arm.temperature == 0 and arm.repeated_text_share_plain > LOOPING_SHARE for arm in arms):
+        notes.append(
+            "The greedy text loops, as that of undertrained models does, and loops flatter acceptance. Judge by the "
+            "sampled figures too."
+        )
+    if min(loss_per_depth) < loss_per_depth[0]:
+        notes.append(
+            "Here an MTP depth predicts its label better than depth 0 does. It is not a leak: both have read the same "
+            "true tokens, and tests show that no later one has any effect. The depth has one layer more, and reads the "
+            "newest token beside the trunk's finished summary of all before it."
+        )
+    return tuple(notes)
 
 
 def _without_files(provenance: dict[str, Any]) -> dict[str, Any]:
@@ -100,13 +130,8 @@ def _data_facts(recipe: Recipe, data: PreparedData) -> DataFacts:
         num_train_tokens=len(data.train),
         num_validation_files=splits.count("validation"),
         num_validation_tokens=len(data.validation),
-        bytes_per_token=bytes_per_token(data.validation),
+        bytes_per_token=data.validation.bytes_per_token,
     )
-
-
-def bytes_per_token(packed: PackedTokens) -> float:
-    """Bytes of text per token, ends of text counted as tokens of no bytes."""
-    return packed.num_bytes / len(packed)
 
 
 def _model_facts(model: MTPModel, recipe: Recipe) -> ModelFacts:
@@ -120,5 +145,5 @@ def _model_facts(model: MTPModel, recipe: Recipe) -> ModelFacts:
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         num_routed_experts=config.n_routed_experts if config.has_experts else 0,
-        num_experts_per_token=config.num_experts_per_tok if config.has_experts else 0,
+        num_experts_per_tok=config.num_experts_per_tok if config.has_experts else 0,
     )

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nextn import config
+from nextn import tables
 from nextn.decoding.statistics import AcceptanceStatistics
 from nextn.errors import ConfigError
 
@@ -50,7 +50,7 @@ class ModelFacts:
     hidden_size: int
     vocab_size: int
     num_routed_experts: int  # per layer; 0 for a dense model
-    num_experts_per_token: int
+    num_experts_per_tok: int
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class TrainingFacts:
 
     num_steps: int
     num_tokens: int
-    duration_s: float
+    training_s: float
     tok_per_s: float
-    mtp_flops_share: float  # predicted from floating-point operations
-    mtp_time_share: float | None  # measured; None when K = 0 was not timed beside it
+    mtp_flops_overhead: float  # predicted from floating-point operations
+    mtp_time_overhead: float | None  # measured; None when K = 0 was not timed beside it
     history: tuple[dict, ...]  # objects with kind = "train" or "evaluation"
 
     def __post_init__(self) -> None:
@@ -215,7 +215,7 @@ class RunReport:
     repeated_text_share_held_out: float | None  # of the true continuations of the prompts, as long as the outputs
     samples: tuple[Sample, ...]
     notes: tuple[str, ...]  # what a reader must know to judge the figures, in plain sentences
-    settings: dict  # the resolved recipe, as `config.to_table` gives it
+    settings: dict  # the resolved recipe, as `tables.to_table` gives it
     provenance: dict  # as `provenance.collect` gives it
 
     def __post_init__(self) -> None:
@@ -231,13 +231,13 @@ def to_table(report: RunReport) -> dict[str, Any]:
 
     JSON has no tuples: inside `settings`, `provenance` and `history`, which are taken as they are, they become lists.
     """
-    return config.to_table(report)
+    return tables.to_table(report)
 
 
 def from_table(table: Mapping[str, Any]) -> RunReport:
     """Read what `to_table` wrote. Raises ConfigError naming the key that is unknown, missing or of the wrong type."""
     _check_complete(RunReport, table, "report")
-    return config.from_table(RunReport, table, "report")
+    return tables.from_table(RunReport, table, "report")
 
 
 def pieces_of(tokens: Iterable[bytes], depths: Iterable[int]) -> tuple[Piece, ...]:

@@ -1,15 +1,16 @@
 """metrics.jsonl: what happened in a run, one JSON object a line, written as it happens.
 
-    {"kind": "train", "step", "num_tokens", "loss", "loss_per_depth": [K+1], "mtp_weights": [K], "learning_rate",
-     "grad_norm", "tok_per_s", "elapsed_s", "expert_load_max_over_mean"}
+    {"kind": "train", "step", "num_tokens", "loss", "loss_per_depth": [K+1], "depth_weights": [K], "learning_rate",
+     "grad_norm", "tok_per_s", "training_s", "elapsed_s", "expert_load_max_over_mean"}
     {"kind": "evaluation", "step", "num_tokens", "loss_per_depth": [K+1], "bits_per_byte_per_depth": [K+1],
-     "teacher_forced_accuracy": [K+1], "main_agreement": [K], "num_labels": [K+1], "elapsed_s", "decoding": {...}}
+     "teacher_forced_accuracy": [K+1], "main_agreement": [K], "num_labels": [K+1], "training_s", "elapsed_s",
+     "decoding": {...}}
 
 `step` counts finished optimizer steps and `num_tokens` the tokens they read; losses are in nats per label, numbers keep
 all their digits. `loss` is the total that was minimised. The loss of a depth that weighed 0 and was not computed is
-null. `tok_per_s` is the rate since the previous train line, evaluation and checkpoints left out.
-`expert_load_max_over_mean` is that of the worst layer in that step, null without experts. `decoding` is there when
-decoding was asked for.
+null. `training_s` are the seconds in steps so far, `elapsed_s` those since the start, evaluations and checkpoints
+included; `tok_per_s` is the rate of the steps since the previous train line. `expert_load_max_over_mean` is that of the
+worst layer in that step, null without experts. `decoding` is there when decoding was asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from nextn.errors import ConfigError
 
-TIMING_FIELDS = ("tok_per_s", "elapsed_s")
+TIMING_FIELDS = ("tok_per_s", "training_s", "elapsed_s")
 """Fields of a line that differ between two runs of one recipe; all others repeat bit for bit on one machine."""
 
 

@@ -61,7 +61,7 @@ def role_of(name: str, parameter: Tensor) -> Role:
     if parameter.ndim < 2:
         return "vector"
     parts = name.split(".")
-    if "embed_tokens" in parts or "lm_head" in parts or parts[-3:-1] == ["shared_head", "head"]:
+    if "embed_tokens" in parts or "lm_head" in parts:
         return "embedding"
     return "router" if parts[-2:] == ["gate", "weight"] else "matrix"
 

@@ -20,6 +20,10 @@ class PreparedData:
     train: PackedTokens
     validation: PackedTokens
 
+    def summary(self) -> str:
+        """One line for people."""
+        return f"{self.corpus.name}: {len(self.train):,} tokens to train on, {len(self.validation):,} held out"
+
     def provenance(self) -> dict[str, Any]:
         """What the text was: names, sizes and hashes of all files, and what was left out."""
         return {

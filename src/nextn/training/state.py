@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nextn.checkpoint import atomic_folder, read_json, read_tensors, write_json, write_tensors
-from nextn.config import Recipe, to_table
+from nextn.checkpoint import (
+    atomic_folder,
+    checkpoint_folder,
+    list_checkpoints,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
+from nextn.config import Recipe
 from nextn.data import PackedTokens, RowSampler
 from nextn.errors import CheckpointError, ConfigError, DataError
 from nextn.mtp import MTPModel, load_model, save_model
+from nextn.tables import flattened, to_table
 from nextn.training.optimizer import TrainingOptimizer
 
 STATE_FORMAT = 1
@@ -59,18 +67,6 @@ class RunState:
     optimizer: TrainingOptimizer
     sampler: RowSampler
     clock: TrainingClock
-
-
-def checkpoint_folder(run_folder: Path, step: int) -> Path:
-    """RUN/checkpoints/step-XXXXXXXX."""
-    return run_folder / "checkpoints" / f"step-{step:08d}"
-
-
-def list_checkpoints(run_folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    folder = run_folder / "checkpoints"
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    return [folder / name for name in sorted(names) if re.fullmatch(r"step-\d{8}", name)]
 
 
 def save_checkpoint(
@@ -157,7 +153,7 @@ def tokens_sha256(tokens: PackedTokens) -> str:
 
 def check_same_recipe(found: Recipe, wanted: Recipe, path: Path) -> None:
     """Raise ConfigError listing the settings that differ between a run's recipe and the one to resume it with."""
-    old, new = _flatten(to_table(found)), _flatten(to_table(wanted))
+    old, new = dict(flattened(to_table(found))), dict(flattened(to_table(wanted)))
     differing = [
         f"  {name}: the run has {value!r}, the recipe now has {new[name]!r}"
         for name, value in old.items()
@@ -169,16 +165,6 @@ def check_same_recipe(found: Recipe, wanted: Recipe, path: Path) -> None:
             "A resumed run repeats an uninterrupted one bit for bit, so every setting must stay, num_steps too: the "
             "learning-rate schedule depends on it. Restore the settings, or start a new run folder."
         )
-
-
-def _flatten(table: dict[str, Any], where: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{where}{key}.")
-        else:
-            flat[where + key] = value
-    return flat
 
 
 def seed_generators(seed: int) -> None:

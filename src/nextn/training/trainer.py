@@ -14,15 +14,17 @@ from rich.console import Console
 from torch import Tensor
 
 from nextn.alignment import count_labels
-from nextn.checkpoint import read_json, write_json
-from nextn.config import Recipe, from_table, to_table
+from nextn.checkpoint import list_checkpoints, read_json, write_json
+from nextn.config import Recipe
 from nextn.data import PackedTokens, RowSampler, validation_rows
 from nextn.errors import CheckpointError, ConfigError, DivergenceError
+from nextn.model.device import resolve_device
 from nextn.model.moe import update_routing_biases
 from nextn.mtp import MTPModel
 from nextn.objective import denominators, depth_weights
+from nextn.tables import from_table, to_table
 from nextn.training.evaluation import evaluate_teacher_forced
-from nextn.training.hardware import require_compiler, resolve_device, resolve_precision
+from nextn.training.hardware import require_compiler, resolve_precision
 from nextn.training.metrics import MetricsWriter, read_metrics
 from nextn.training.optimizer import TrainingOptimizer
 from nextn.training.progress import TrainingProgress
@@ -30,7 +32,6 @@ from nextn.training.state import (
     RunState,
     TrainingClock,
     check_same_recipe,
-    list_checkpoints,
     remove_old_checkpoints,
     restore,
     save_checkpoint,
@@ -48,10 +49,6 @@ class TrainingResult:
         metrics: path of metrics.jsonl.
         num_steps: optimizer steps done.
         num_tokens: tokens read by them.
-        training_s: seconds in steps; tokens per second = num_tokens / training_s.
-        elapsed_s: seconds in all, interruptions left out.
-        device: where it ran.
-        precision: float32 or bfloat16, and why.
         evaluation: the last evaluation line of metrics.jsonl; the injected table, if any, under "decoding".
     """
 
@@ -59,10 +56,6 @@ class TrainingResult:
     metrics: Path
     num_steps: int
     num_tokens: int
-    training_s: float
-    elapsed_s: float
-    device: str
-    precision: str
     evaluation: dict[str, Any]
 
 
@@ -72,7 +65,7 @@ class StepReport:
 
     loss: float
     loss_per_depth: list[float | None]
-    mtp_weights: list[float]
+    depth_weights: list[float]
     learning_rate: float
     grad_norm: float
     expert_load_max_over_mean: float | None
@@ -126,7 +119,7 @@ class Trainer:
         self.state = RunState(self.model, optimizer, sampler, TrainingClock())
         self._train_tokens_sha256 = tokens_sha256(train_tokens)
         self._validation = validation_rows(validation_tokens, data.sequence_length, recipe.evaluation.num_rows)
-        self._bytes_per_token = validation_tokens.num_bytes / len(validation_tokens.token_ids)
+        self._bytes_per_token = validation_tokens.bytes_per_token
 
     def train(self, resume: bool = False) -> TrainingResult:
         """Train to the recipe's last step.
@@ -161,10 +154,6 @@ class Trainer:
             metrics=metrics.path,
             num_steps=clock.step,
             num_tokens=clock.num_tokens,
-            training_s=clock.training_s,
-            elapsed_s=clock.elapsed_s,
-            device=str(self.device),
-            precision=f"{self.precision.name} ({self.precision.reason})",
             evaluation=[record for record in read_metrics(metrics.path) if record["kind"] == "evaluation"][-1],
         )
 
@@ -215,7 +204,13 @@ class Trainer:
 
     def _record(self, kind: str) -> dict[str, Any]:
         clock = self.state.clock
-        return {"kind": kind, "step": clock.step, "num_tokens": clock.num_tokens, "elapsed_s": clock.elapsed_s}
+        return {
+            "kind": kind,
+            "step": clock.step,
+            "num_tokens": clock.num_tokens,
+            "training_s": clock.training_s,
+            "elapsed_s": clock.elapsed_s,
+        }
 
     def step(self) -> StepReport:
         """One optimizer step on one global batch."""
@@ -252,7 +247,7 @@ class Trainer:
         return StepReport(
             loss=loss.item(),
             loss_per_depth=[value if math.isfinite(value) else None for value in loss_per_depth.tolist()],
-            mtp_weights=list(weights),
+            depth_weights=list(weights),
             learning_rate=learning_rate,
             grad_norm=grad_norm.item(),
             expert_load_max_over_mean=max(imbalances, default=None),

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nextn.checkpoint import PICKLE_SUFFIXES, read_json, read_tensors, write_json, write_tensors
-from nextn.config import ModelConfig, MTPConfig, from_table, to_table
+from nextn.checkpoint import PICKLE_SUFFIXES, list_checkpoints, read_json, read_tensors, write_json, write_tensors
+from nextn.config import ModelConfig, MTPConfig
 from nextn.data.tokenizers import load_tokenizer
 from nextn.errors import CheckpointError, ConfigError, DeviceError
+from nextn.model.device import resolve_device
 from nextn.mtp.model import MTPModel
+from nextn.tables import from_table, to_table
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -41,19 +43,18 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
     """Read a model written by `save_model`, in evaluation mode, its tokenizer attached.
 
     Args:
-        path: the folder.
-        device: a torch device, such as cpu or cuda:0.
+        path: the folder, or a run folder, whose newest checkpoint is taken.
+        device: auto, cpu, cuda or cuda:N.
         dtype: of the weights: float32, bfloat16, float16 or float64; routing biases stay float32.
 
     Raises:
         CheckpointError: missing, truncated, foreign or pickled files; missing, unexpected or misshapen tensors (named).
         DeviceError: unknown device or dtype.
     """
-    folder = Path(path)
     if dtype not in DTYPES:
         raise DeviceError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    if not folder.is_dir():
-        raise CheckpointError(f"no checkpoint folder at {folder}")
+    target = resolve_device(device)
+    folder = find_checkpoint(path)
     if not (folder / WEIGHTS_FILE).exists():
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
         found = f"only pickle files ({', '.join(pickles)}), which are refused" if pickles else "none"
@@ -63,10 +64,7 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
     state = from_released_names(read_tensors(folder / WEIGHTS_FILE), config, folder)
     _check_state(state, {n: t for n, t in model.state_dict().items() if not _is_alias(n, config)}, folder)
     model.load_state_dict(state, strict=False)
-    try:
-        model.to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        raise DeviceError(f"device {device!r} is not available here: {str(error).splitlines()[0]}") from None
+    model.to(target)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[dtype])
     if (folder / "tokenizer.json").exists():
@@ -82,10 +80,10 @@ def find_checkpoint(path: str | Path) -> Path:
     folder = Path(path)
     if (folder / CONFIG_FILE).exists():
         return folder
-    steps = sorted((folder / "checkpoints").glob("step-*"))
-    if not steps:
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
         raise CheckpointError(f"{folder} is neither a checkpoint (no {CONFIG_FILE}) nor a run with checkpoints")
-    return steps[-1]
+    return checkpoints[-1]
 
 
 def config_table(model: MTPModel) -> dict[str, Any]:

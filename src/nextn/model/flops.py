@@ -1,0 +1,38 @@
+"""Floating-point operations of the trunk's parts, per token of a forward pass.
+
+A multiply-add counts as two. Products with weights, attention scores and their values are counted; norms, softmax and
+other elementwise work are not. A backward pass takes twice the forward's.
+"""
+
+from __future__ import annotations
+
+from nextn.config import ModelConfig
+
+
+def block_flops(config: ModelConfig, is_moe: bool, sequence_length: int) -> float:
+    """Forward FLOPs of one layer per token, in its expanded form; a causal query sees (T + 1) / 2 keys on average."""
+    width, heads = config.hidden_size, config.num_attention_heads
+    query_dim = heads * config.qk_head_dim
+    rank = config.q_lora_rank
+    weights = width * query_dim if rank is None else rank * (width + query_dim)
+    weights += width * config.latent_dim
+    weights += config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+    weights += heads * config.v_head_dim * width
+    if is_moe:
+        num_experts = config.n_shared_experts + config.num_experts_per_tok
+        weights += 3 * width * config.moe_intermediate_size * num_experts + width * config.n_routed_experts
+    else:
+        weights += 3 * width * config.intermediate_size
+    attention = heads * (config.qk_head_dim + config.v_head_dim) * (sequence_length + 1) / 2
+    return 2.0 * (weights + attention)
+
+
+def head_flops(config: ModelConfig) -> float:
+    """Forward FLOPs of the output head per token."""
+    return 2.0 * config.hidden_size * config.vocab_size
+
+
+def trunk_flops(config: ModelConfig, sequence_length: int) -> float:
+    """Forward FLOPs of all layers and the output head per token."""
+    layers = range(config.num_hidden_layers)
+    return sum(block_flops(config, config.is_moe_layer(i), sequence_length) for i in layers) + head_flops(config)

@@ -1,0 +1,110 @@
+"""Frozen dataclasses from nested tables (TOML, JSON) and back, checked strictly.
+
+An unknown key is an error that names the nearest known one; a value of another type is one that names the type wanted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+from nextn.errors import ConfigError
+
+Table = TypeVar("Table")
+
+
+def override(table: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """A copy of `table` with `a.b=c` assignments applied; values are TOML, bare words are strings.
+
+    >>> override({"data": {"corpus": "x"}}, ["data.corpus=y", "training.seed=3"])
+    {'data': {'corpus': 'y'}, 'training': {'seed': 3}}
+    """
+    result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+    for assignment in assignments:
+        name, separator, text = assignment.partition("=")
+        if not separator or not name.strip():
+            raise ConfigError(f"--set takes table.key=value, got {assignment!r}")
+        *tables, key = name.strip().split(".")
+        target: dict[str, Any] = result
+        for part in tables:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {assignment}: {part} is a value, not a table")
+        target[key] = _toml_value(text.strip())
+    return result
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def from_table(settings_class: type[Table], table: Mapping[str, Any], where: str = "") -> Table:
+    """Build a settings dataclass from a (nested) mapping, checking every key and type.
+
+    The word "none" stands for None, which TOML lacks. Raises ConfigError naming the full key.
+    """
+    hints = typing.get_type_hints(settings_class)
+    values = {}
+    for key, value in table.items():
+        name = f"{where}.{key}" if where else key
+        if key not in hints:
+            nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"unknown setting {name!r}; did you mean {nearest[0]!r}? "
+                f"{'[' + where + ']' if where else 'A recipe'} knows: {', '.join(sorted(hints))}"
+            )
+        values[key] = _convert(value, hints[key], name)
+    return settings_class(**values)
+
+
+def _convert(value: Any, kind: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} is a table, got {value!r}")
+        return from_table(kind, value, name)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or value == "none":
+            return None
+        return _convert(value, next(a for a in arguments if a is not types.NoneType), name)
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{name} must be a list, got {value!r}")
+        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise ConfigError(f"{name} must have {len(arguments)} values, got {value!r}")
+        return tuple(_convert(item, arguments[0], name) for item in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{name} must be {kind.__name__}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def to_table(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as plain nested dictionaries; `from_table` reads it back to an equal one."""
+    return dataclasses.asdict(settings)
+
+
+def flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every leaf of a nested table; an empty table is a leaf.
+
+    >>> dict(flattened({"a": {"b": 1, "c": {}}, "d": [2]}))
+    {'a.b': 1, 'a.c': {}, 'd': [2]}
+    """
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
