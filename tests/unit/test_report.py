@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from nextn import config
+from nextn import config, tables
 from nextn.report import html, plots, schema
 from tests.unit.report_example import NUM_DEPTHS, arm, example, history
 
@@ -145,7 +145,7 @@ def test_every_figure_of_the_schema_is_on_the_page(page):
 
 
 def test_every_setting_of_a_recipe_is_shown_with_its_meaning():
-    rows = list(html.settings_rows(config.to_table(config.Recipe()), config.Recipe))
+    rows = list(html.settings_rows(tables.to_table(config.Recipe()), config.Recipe))
     assert ("model.rope_parameters.rope_theta", "10000.0", "base of the geometric series of wavelengths") in rows
     assert len(rows) > 60
     assert all(meaning for _, _, meaning in rows)
