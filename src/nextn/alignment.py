@@ -58,8 +58,18 @@ class DepthAlignment:
         """True where the position has a label that counts, bool [B, T-k]."""
         return self.labels != IGNORED
 
+    def documents(self, document_ids: Tensor) -> Tensor:
+        """Documents of this depth's positions, int64 [B, T-k], from those of the tokens, int64 [B, T].
+
+        A position whose embedded token t[i+k] lies in another document (or in padding) than t[i] is padding at this
+        depth: it has no label, and it must not count as expert load. In the worked example: [0 0 0 -1 1].
+        """
+        depth = document_ids.shape[1] - self.num_positions
+        own, embedded = document_ids[:, : self.num_positions], document_ids[:, depth:]
+        return own.masked_fill(own != embedded, PADDING_DOCUMENT)
+
     def cut(self, hidden: Tensor) -> Tensor:
-        """The previous depth's states (or document ids) at this depth's positions.
+        """The previous depth's states at this depth's positions.
 
         Args:
             hidden: [B, T-k+1, ...] from depth k-1 (for depth 0: [B, T, ...], returned whole).

@@ -39,13 +39,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         temporary.chmod(0o755)
         yield temporary
-        for file in temporary.rglob("*"):
-            _flush_to_disk(file)
+        for written in (*temporary.rglob("*"), temporary):
+            _flush_to_disk(written)
         old = None
         if path.exists():
             old = temporary.with_name(f"{temporary.name}.old")
             path.rename(old)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            if old is not None:
+                old.rename(path)
+            raise
         _flush_to_disk(path.parent)
         if old is not None:
             shutil.rmtree(old)
@@ -54,6 +59,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it. Raises CheckpointError when that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make the folder {path}: {error.strerror}") from error
 
 
 def write_text(path: Path, text: str) -> None:

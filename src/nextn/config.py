@@ -21,6 +21,14 @@ def setting(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
 
 
+def require(settings: Any, table: str, minimum: float, *names: str) -> None:
+    """Raise ConfigError unless the named fields are at least `minimum` (None is left alone)."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= minimum:
+            raise ConfigError(f"{table}.{name} must be at least {minimum:g}, got {value:g}")
+
+
 # --------------------------------------------------------------------------------------------------------------- model
 
 
@@ -42,6 +50,13 @@ class RopeConfig:
     truncate: bool | None = setting(None, "yarn: round the correction range to whole dimensions (true)")
 
     def __post_init__(self) -> None:
+        if self.rope_theta <= 1:
+            raise ConfigError(f"model.rope_parameters.rope_theta must be above 1, got {self.rope_theta:g}")
+        require(self, "model.rope_parameters", 1, "factor", "original_max_position_embeddings")
+        if self.rope_type == "default" and (self.factor, self.original_max_position_embeddings) != (None, None):
+            raise ConfigError(
+                "model.rope_parameters: factor and original_max_position_embeddings need rope_type = 'yarn'"
+            )
         if self.rope_type == "yarn" and (self.factor is None or self.original_max_position_embeddings is None):
             raise ConfigError(
                 "model.rope_parameters: rope_type = 'yarn' needs factor and original_max_position_embeddings, "
@@ -83,9 +98,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"model.qk_rope_head_dim must be even (rotary pairs), got {self.qk_rope_head_dim}")
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank", "v_head_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        require(self, "model", 1, "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers")
+        require(self, "model", 1, "num_attention_heads", "q_lora_rank", "kv_lora_rank", "v_head_dim")
+        require(self, "model", 1, "qk_nope_head_dim", "qk_rope_head_dim", "max_position_embeddings")
+        require(self, "model", 1, "n_group", "topk_group", "num_experts_per_tok")
+        require(self, "model", 0, "vocab_size", "n_routed_experts", "n_shared_experts", "first_k_dense_replace")
+        require(self, "model", 0, "rms_norm_eps", "initializer_range")
         if self.has_experts:
             self._check_routing()
 
@@ -144,8 +162,7 @@ class MTPConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.num_depths < 0:
-            raise ConfigError(f"mtp.num_depths must be 0 or more, got {self.num_depths}")
+        require(self, "mtp", 0, "num_depths")
 
     @property
     def num_modules(self) -> int:
@@ -173,6 +190,8 @@ class ScheduleConfig:
                 f"and constant takes no boundaries, got values = {list(self.values)}, "
                 f"boundaries = {list(self.boundaries)}"
             )
+        if any(value < 0 for value in self.values):
+            raise ConfigError(f"schedule: values must be 0 or more, got {list(self.values)}")
         if any(b <= a for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)):
             raise ConfigError(f"schedule: boundaries must grow, got {list(self.boundaries)}")
 
@@ -213,8 +232,7 @@ class DataConfig:
             raise ConfigError(
                 f"data.sequence_length must be at least 2 (a token and its label), got {self.sequence_length}"
             )
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise ConfigError(f"data.max_bytes must be at least 1, or none for everything, got {self.max_bytes}")
+        require(self, "data", 1, "max_bytes")
         if not 0.0 < self.validation_share < 1.0:
             raise ConfigError(f"data.validation_share must lie between 0 and 1, got {self.validation_share}")
 
@@ -245,9 +263,7 @@ class OptimizerConfig:
         for name in ("learning_rate", "muon_learning_rate", "eps"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"optimizer.{name} must be above 0, got {getattr(self, name)}")
-        for name in ("weight_decay", "max_grad_norm", "num_warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"optimizer.{name} must be 0 or more, got {getattr(self, name)}")
+        require(self, "optimizer", 0, "weight_decay", "max_grad_norm", "num_warmup_steps")
         for name in ("decay_share", "final_learning_rate_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"optimizer.{name} must lie in 0..1, got {getattr(self, name)}")
@@ -273,16 +289,12 @@ class TrainingConfig:
     log_every: int = setting(10, "steps between lines of metrics.jsonl")
     evaluate_every: int = setting(200, "steps between evaluations; 0 evaluates at the end only")
     checkpoint_every: int = setting(200, "steps between checkpoints; 0 writes the last one only")
-    keep_checkpoints: int = setting(2, "how many of the latest checkpoints stay on disk")
+    num_kept_checkpoints: int = setting(2, "how many of the latest checkpoints stay on disk")
     tensorboard: bool = setting(False, "also write TensorBoard event files (needs the tensorboard extra)")
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "log_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"training.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "bias_update_speed", "evaluate_every", "checkpoint_every"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"training.{name} must be 0 or more, got {getattr(self, name)}")
+        require(self, "training", 1, "num_steps", "batch_size", "log_every", "num_kept_checkpoints")
+        require(self, "training", 0, "seed", "bias_update_speed", "evaluate_every", "checkpoint_every")
         if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
             raise ConfigError(
                 f"training.micro_batch_size must lie in 1..batch_size = {self.batch_size}, got {self.micro_batch_size}"
@@ -300,12 +312,8 @@ class EvaluationConfig:
     draft_length: int = setting(3, "tokens drafted per cycle (N)")
 
     def __post_init__(self) -> None:
-        for name in ("num_rows", "prompt_length", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"evaluation.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_prompts", "draft_length"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"evaluation.{name} must be 0 or more, got {getattr(self, name)}")
+        require(self, "evaluation", 1, "num_rows", "prompt_length", "max_new_tokens")
+        require(self, "evaluation", 0, "num_prompts", "draft_length")
 
 
 @dataclass(frozen=True)

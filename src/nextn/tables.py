@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -87,6 +88,8 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
         return tuple(_convert(item, arguments[0], name) for item in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, got {value}")
     if type(value) is not kind:
         raise ConfigError(f"{name} must be {kind.__name__}, got {value!r} ({type(value).__name__})")
     return value

@@ -261,6 +261,7 @@ def test_tensorboard_without_its_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ConfigError, match=r"nextn\[tensorboard\]"):
         tiny_run.trainer(tmp_path, recipe_with(training={"tensorboard": True})).train()
+    assert not (tmp_path / "recipe.json").exists(), "a run that cannot start leaves its folder free"
 
 
 def test_tensorboard_receives_every_number_of_a_line_by_name(tmp_path, monkeypatch):

@@ -25,13 +25,13 @@ from nextn.report.measurement import ARMS, acceptance_probe
 from nextn.report.provenance import collect
 from nextn.report.run import report_of_run
 from nextn.report.schema import to_table
-from nextn.tables import from_table
 from nextn.training import (
     PreparedData,
     Trainer,
     fit_vocabulary,
     new_model,
     prepare_data,
+    read_recipe,
     time_steps,
 )
 
@@ -144,7 +144,7 @@ def _resume_plan(
             f"{out} already holds a run, which --set and --minutes cannot change; add --fresh (which deletes it) or "
             "choose another --out"
         )
-    recipe = from_table(Recipe, read_json(out / "recipe.json"))
+    recipe = read_recipe(out / "recipe.json")
     return recipe, read_json(out / "provenance.json"), prepare_data(recipe.data)
 
 

@@ -10,16 +10,15 @@ import typer
 from rich.console import Console
 
 import nextn
-from nextn.checkpoint import read_json, write_json
+from nextn.checkpoint import write_json
 from nextn.cli.output import print_evaluation
-from nextn.config import Recipe
 from nextn.data import validation_rows
 from nextn.errors import DataError
 from nextn.mtp import find_checkpoint
 from nextn.report.measurement import acceptance_probe
 from nextn.report.provenance import collect
-from nextn.tables import from_table, to_table
-from nextn.training import evaluate_teacher_forced, prepare_data
+from nextn.tables import to_table
+from nextn.training import evaluate_teacher_forced, prepare_data, read_recipe
 
 
 def evaluate(
@@ -46,7 +45,7 @@ def evaluate(
     model = nextn.load(folder, device=device, dtype=dtype)
     if model.tokenizer is None:
         raise DataError(f"{folder} has no tokenizer, so text cannot be read with it")
-    recipe = from_table(Recipe, read_json(folder / "recipe.json"))
+    recipe = read_recipe(folder / "recipe.json")
     changes = {"draft_length": draft_length, "num_rows": num_rows, "num_prompts": num_prompts}
     settings = replace(recipe.evaluation, **{key: value for key, value in changes.items() if value is not None})
     data_config = recipe.data if corpus is None else replace(recipe.data, corpus=corpus)

@@ -216,6 +216,8 @@ def _decode(model: MTPModel, prompt_ids: list[int], number: int, request: _Reque
 
     first_random = randoms(1)
     first_probs = target(read(0, num_known)[:, -1:])[:, 0]
+    if not bool(first_probs.isfinite().all()):
+        raise GenerationError("the model's logits are not finite: its weights are damaged, or overflow in this dtype")
     first_ids = choose(first_probs, None if first_random is None else first_random[:, 0])
     token_ids[:, num_known] = first_ids
     new_ids, origins, cycles = first_ids.tolist(), [0], []

@@ -77,7 +77,12 @@ class RotaryTable(nn.Module):
         self.register_buffer("sin", angles.sin() * factor, persistent=False)
 
     def forward(self, num_positions: int, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """cos and sin, [1, M, R/2] for positions 0..M-1, or [B, M, R/2] for `positions` [B, M]."""
+        """cos and sin, [1, M, R/2] for positions 0..M-1, or [B, M, R/2] for `positions` [B, M].
+
+        Raises ValueError for more positions than the longest context.
+        """
+        if num_positions > len(self.cos):
+            raise ValueError(f"{num_positions} positions exceed max_position_embeddings = {len(self.cos)}")
         if positions is None:
             return self.cos[None, :num_positions], self.sin[None, :num_positions]
         return self.cos[positions], self.sin[positions]

@@ -90,7 +90,7 @@ class Scheme(nn.Module, abc.ABC):
         carry = self.trunk_state(trunk, hidden)
         for depth in range(1, num_depths + 1):
             aligned = align(input_ids, depth)
-            documents = None if document_ids is None else aligned.cut(document_ids)
+            documents = None if document_ids is None else aligned.documents(document_ids)
             context = trunk.context(aligned.num_positions, documents)
             state = self.step(trunk, depth, aligned.cut(carry), aligned.embedded_ids, context)
             head_inputs.append(state.head_input)

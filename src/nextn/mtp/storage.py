@@ -27,6 +27,9 @@ from nextn.tables import from_table, to_table
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+FIXED_FIELDS = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+"""What DeepSeek-V3 leaves no choice about, named because the serving engines ask for it."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -61,12 +64,12 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
         raise CheckpointError(f"{folder} should hold weights as {WEIGHTS_FILE}; found {found}")
     config, mtp_config = read_config(folder)
     model = MTPModel(config, mtp_config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES[dtype])
     state = from_released_names(read_tensors(folder / WEIGHTS_FILE), config, folder)
     _check_state(state, {n: t for n, t in model.state_dict().items() if not _is_alias(n, config)}, folder)
     model.load_state_dict(state, strict=False)
     model.to(target)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(DTYPES[dtype])
     if (folder / "tokenizer.json").exists():
         model.tokenizer = load_tokenizer(folder)
     return model.eval()
@@ -94,9 +97,7 @@ def config_table(model: MTPModel) -> dict[str, Any]:
     table |= {
         "num_key_value_heads": model.config.num_attention_heads,
         "num_nextn_predict_layers": model.mtp_config.num_modules,
-        "hidden_act": "silu",
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
+        **FIXED_FIELDS,
         "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "bos_token_id": None,
         "eos_token_id": None if model.tokenizer is None else model.tokenizer.eos_token_id,
@@ -116,6 +117,12 @@ def read_config(folder: Path) -> tuple[ModelConfig, MTPConfig]:
         )
     known = {key: value for key, value in table.items() if key in ModelConfig.__dataclass_fields__}
     try:
+        for settings_class, found in ((ModelConfig, known), (MTPConfig, table["nextn"]["mtp"])):
+            if missing := sorted(settings_class.__dataclass_fields__.keys() - found.keys()):
+                raise ConfigError(f"it lacks {', '.join(missing)}")
+        for key, wanted in FIXED_FIELDS.items():
+            if table.get(key) != wanted:
+                raise ConfigError(f"{key} is {table.get(key)!r}, and nextn computes {wanted!r} only")
         return from_table(ModelConfig, known, "config"), from_table(MTPConfig, table["nextn"]["mtp"], "nextn.mtp")
     except (ConfigError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} does not describe a model: {error}") from None

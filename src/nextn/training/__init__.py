@@ -5,6 +5,7 @@ from nextn.training.hardware import Precision, resolve_precision
 from nextn.training.metrics import read_metrics
 from nextn.training.optimizer import TrainingOptimizer, learning_rate_factor
 from nextn.training.prepare import PreparedData, fit_vocabulary, new_model, prepare_data
+from nextn.training.state import read_recipe
 from nextn.training.timing import time_steps
 from nextn.training.trainer import Trainer, TrainingResult
 
@@ -21,6 +22,7 @@ __all__ = [
     "new_model",
     "prepare_data",
     "read_metrics",
+    "read_recipe",
     "resolve_precision",
     "time_steps",
 ]

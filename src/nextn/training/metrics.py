@@ -15,12 +15,13 @@ worst layer in that step, null without experts. `decoding` is there when decodin
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from nextn.errors import ConfigError
+from nextn.errors import CheckpointError, ConfigError
 
 TIMING_FIELDS = ("tok_per_s", "training_s", "elapsed_s")
 """Fields of a line that differ between two runs of one recipe; all others repeat bit for bit on one machine."""
@@ -33,9 +34,6 @@ class MetricsWriter:
         run_folder: where metrics.jsonl lies (and `tensorboard/`).
         last_step: keep existing lines up to this step; later and half-written ones are cut off.
         tensorboard: also write event files.
-
-    Raises:
-        ConfigError: `tensorboard` is True and the package is not installed.
     """
 
     def __init__(self, run_folder: Path, last_step: int, tensorboard: bool = False) -> None:
@@ -45,9 +43,13 @@ class MetricsWriter:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one object. Raises ValueError for NaN and infinity, which JSON lacks."""
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        """Append one object. Raises CheckpointError for a full disk, ValueError for NaN and infinity (not JSON)."""
+        line = json.dumps(record, allow_nan=False) + "\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path}: {error.strerror}") from error
         if self._events is not None:
             for name, value in _scalars(record):
                 self._events.add_scalar(name, value, record["step"])
@@ -83,7 +85,10 @@ def _whole_lines(path: Path) -> list[tuple[dict[str, Any], int]]:
     for line in path.read_bytes().splitlines(keepends=True):
         end += len(line)
         if line.endswith(b"\n"):
-            lines.append((json.loads(line), end))
+            try:
+                lines.append((json.loads(line), end))
+            except ValueError as error:
+                raise CheckpointError(f"{path}, line {len(lines) + 1}, is not JSON: {error}") from None
     return lines
 
 
@@ -98,12 +103,18 @@ def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
     return scalars
 
 
-def _open_events(folder: Path, last_step: int) -> Any:
+def require_tensorboard() -> None:
+    """Raise ConfigError unless TensorBoard can be written."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        importlib.import_module("torch.utils.tensorboard")
     except ImportError:
         raise ConfigError(
             "training.tensorboard = true, but TensorBoard is not installed: pip install 'nextn[tensorboard]', "
             "or set training.tensorboard = false (metrics.jsonl is written in any case)"
         ) from None
+
+
+def _open_events(folder: Path, last_step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=last_step + 1)

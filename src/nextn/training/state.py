@@ -35,11 +35,14 @@ from nextn.config import Recipe
 from nextn.data import PackedTokens, RowSampler
 from nextn.errors import CheckpointError, ConfigError, DataError
 from nextn.mtp import MTPModel, load_model, save_model
-from nextn.tables import flattened, to_table
+from nextn.tables import flattened, from_table, to_table
 from nextn.training.optimizer import TrainingOptimizer
 
 STATE_FORMAT = 1
 """Version of training_state.json."""
+
+STATE_KEYS = {"tensors", "clock", "sampler", "random", "train_tokens_sha256"}
+"""What training_state.json holds beside its version."""
 
 
 @dataclass
@@ -83,6 +86,7 @@ def save_checkpoint(
         write_tensors(folder / "training_state.safetensors", tensors | random_tensors)
         table = {
             "format": STATE_FORMAT,
+            "tensors": sorted(tensors | random_tensors),
             "clock": asdict(state.clock),
             "sampler": state.sampler.state_dict(),
             "random": random_table,
@@ -125,12 +129,18 @@ def restore(path: Path, state: RunState, train_tokens_sha256: str) -> None:
             f"{path / 'training_state.json'} has format {table.get('format') if isinstance(table, dict) else None}, "
             f"this version of nextn reads {STATE_FORMAT}; resume with the version that wrote it (see provenance.json)"
         )
+    if missing := sorted(STATE_KEYS - table.keys()):
+        raise CheckpointError(f"{path / 'training_state.json'} lacks {', '.join(missing)}")
     if table["train_tokens_sha256"] != train_tokens_sha256:
         raise DataError(
             f"the training tokens differ from those {path} was trained on: the corpus or the tokenizer has changed; "
             "resume with the same data, or start a new run folder"
         )
     tensors = read_tensors(path / "training_state.safetensors")
+    if sorted(tensors) != table["tensors"]:
+        raise CheckpointError(
+            f"{path / 'training_state.safetensors'} does not hold the tensors training_state.json names"
+        )
     saved = load_model(path).state_dict()
     try:
         state.model.load_state_dict(saved)
@@ -149,6 +159,17 @@ def tokens_sha256(tokens: PackedTokens) -> str:
     digest = hashlib.sha256(np.ascontiguousarray(tokens.token_ids).data)
     digest.update(np.ascontiguousarray(tokens.document_ids).data)
     return digest.hexdigest()
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe.json of a run or checkpoint. Raises CheckpointError when it is missing or does not hold a recipe."""
+    table = read_json(path)
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path} does not hold a recipe")
+    try:
+        return from_table(Recipe, table)
+    except ConfigError as error:
+        raise CheckpointError(f"{path} does not hold a recipe that this version of nextn reads: {error}") from None
 
 
 def check_same_recipe(found: Recipe, wanted: Recipe, path: Path) -> None:

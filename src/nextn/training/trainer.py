@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from nextn.alignment import count_labels
-from nextn.checkpoint import list_checkpoints, read_json, write_json
+from nextn.checkpoint import list_checkpoints, make_folder, write_json
 from nextn.config import Recipe
 from nextn.data import PackedTokens, RowSampler, validation_rows
 from nextn.errors import CheckpointError, ConfigError, DivergenceError
@@ -22,16 +22,17 @@ from nextn.model.device import resolve_device
 from nextn.model.moe import update_routing_biases
 from nextn.mtp import MTPModel
 from nextn.objective import denominators, depth_weights
-from nextn.tables import from_table, to_table
+from nextn.tables import to_table
 from nextn.training.evaluation import evaluate_teacher_forced
 from nextn.training.hardware import require_compiler, resolve_precision
-from nextn.training.metrics import MetricsWriter, read_metrics
+from nextn.training.metrics import MetricsWriter, read_metrics, require_tensorboard
 from nextn.training.optimizer import TrainingOptimizer
 from nextn.training.progress import TrainingProgress
 from nextn.training.state import (
     RunState,
     TrainingClock,
     check_same_recipe,
+    read_recipe,
     remove_old_checkpoints,
     restore,
     save_checkpoint,
@@ -111,6 +112,8 @@ class Trainer:
         self.device = resolve_device(training.device)
         self.precision = resolve_precision(training.precision, self.device)
         self.model = model.to(self.device)
+        if training.tensorboard:
+            require_tensorboard()
         if training.compile:
             require_compiler(self.device)
             self.model.compile_layers()
@@ -154,7 +157,7 @@ class Trainer:
             metrics=metrics.path,
             num_steps=clock.step,
             num_tokens=clock.num_tokens,
-            evaluation=[record for record in read_metrics(metrics.path) if record["kind"] == "evaluation"][-1],
+            evaluation=_last_evaluation(metrics.path),
         )
 
     def _begin(self) -> None:
@@ -162,7 +165,7 @@ class Trainer:
             raise ConfigError(
                 f"{self.run_folder} already holds a run; resume it, or choose another folder (nothing is overwritten)"
             )
-        self.run_folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.run_folder)
         write_json(self.run_folder / "provenance.json", self.provenance)
         write_json(self.run_folder / "recipe.json", to_table(self.recipe))
 
@@ -172,7 +175,7 @@ class Trainer:
             raise CheckpointError(
                 f"nothing to resume: {self.run_folder} holds no recipe.json; start the run without resume"
             )
-        check_same_recipe(from_table(Recipe, read_json(recipe_path)), self.recipe, recipe_path)
+        check_same_recipe(read_recipe(recipe_path), self.recipe, recipe_path)
         checkpoints = list_checkpoints(self.run_folder)
         if checkpoints:
             restore(checkpoints[-1], self.state, self._train_tokens_sha256)
@@ -266,11 +269,15 @@ class Trainer:
             names = self.state.optimizer.non_finite_gradients()
             what = f"the losses are finite but the gradient norm is {grad_norm.item()}"
             what += f" (non-finite gradients: {', '.join(names[:3]) or 'none; the norm overflows'})"
+        raise self._diverged(f"at step {self.state.clock.step + 1}: {what}. The weights were not updated")
+
+    def _diverged(self, what: str) -> DivergenceError:
+        """The error for a run that went wrong, with the way out. Checkpoints hold finite weights only, see `_save`."""
         checkpoints = list_checkpoints(self.run_folder)
-        good = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
-        raise DivergenceError(
-            f"training diverged at step {self.state.clock.step + 1}: {what}. The weights were not updated; {good}. "
-            "Lower the learning rate, lengthen the warm-up, or lower optimizer.max_grad_norm."
+        last = f"the last checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+        return DivergenceError(
+            f"training diverged {what}; {last}. Lower the learning rate, lengthen the warm-up, or lower "
+            "optimizer.max_grad_norm, in a new run folder."
         )
 
     def _evaluate(self) -> dict[str, Any]:
@@ -282,6 +289,10 @@ class Trainer:
                 rows_per_forward=self.recipe.training.micro_batch_size or self.recipe.training.batch_size,
                 isolate_documents=self.recipe.data.isolate_documents,
             )
+        if not all(math.isfinite(loss) for loss in teacher_forced.loss_per_depth):
+            raise self._diverged(
+                f"by step {self.state.clock.step}: held-out losses are {teacher_forced.loss_per_depth}"
+            )
         record = self._record("evaluation") | teacher_forced.to_table()
         if self.evaluate is not None:
             self.model.eval()
@@ -290,6 +301,9 @@ class Trainer:
         return record
 
     def _save(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise self._diverged(f"in the update of step {self.state.clock.step}: {name} is not finite")
         save_checkpoint(
             self.run_folder,
             self.state,
@@ -297,4 +311,11 @@ class Trainer:
             recipe=to_table(self.recipe),
             provenance=self.provenance,
         )
-        remove_old_checkpoints(self.run_folder, self.recipe.training.keep_checkpoints)
+        remove_old_checkpoints(self.run_folder, self.recipe.training.num_kept_checkpoints)
+
+
+def _last_evaluation(path: Path) -> dict[str, Any]:
+    evaluations = [record for record in read_metrics(path) if record["kind"] == "evaluation"]
+    if not evaluations:
+        raise CheckpointError(f"{path} has lost its lines of evaluation; evaluate the checkpoint with nextn evaluate")
+    return evaluations[-1]
