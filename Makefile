@@ -19,7 +19,7 @@ test: $(STAMP_DEV)  ## Check style, types and imports, then run the tests.
 	$(MAKE) --no-print-directory check
 	$(BIN)/python -m pytest --numprocesses 2
 
-test-slow: $(STAMP_DEV)  ## Also the tests that take minutes.
+test-slow: $(STAMP_DEV)  ## Only the tests that take minutes.
 	$(BIN)/python -m pytest -m slow
 
 check: $(STAMP_DEV)  ## Lint, format, types, import directions.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from nextn.checkpoint import list_checkpoints
+from nextn.checkpoint import list_checkpoints, read_json, read_tensors, write_json, write_tensors
 from nextn.config import Recipe
 from nextn.data import PackedTokens
 from nextn.errors import CheckpointError, ConfigError, DataError, DeviceError, DivergenceError
@@ -294,3 +294,43 @@ def test_progress_ends_with_the_last_step(tmp_path, is_terminal):
     assert "12/12" in text
     assert "tokens/s" in text
     assert ("step 12/12  loss" in text) is not is_terminal
+
+
+@pytest.mark.parametrize("damage", ["no clock", "no moments", "recipe is a list", "broken metrics", "no metrics"])
+def test_a_damaged_run_is_refused_and_named(tmp_path, damage):
+    run = tiny_run.trainer(tmp_path)
+    run.train()
+    checkpoint = list_checkpoints(tmp_path)[-1]
+    if damage == "no clock":
+        table = read_json(checkpoint / "training_state.json")
+        del table["clock"]
+        write_json(checkpoint / "training_state.json", table)
+    elif damage == "no moments":
+        state = read_tensors(checkpoint / "training_state.safetensors")
+        kept = {name: tensor for name, tensor in state.items() if not name.startswith("optimizer/")}
+        write_tensors(checkpoint / "training_state.safetensors", kept)
+    elif damage == "recipe is a list":
+        write_json(tmp_path / "recipe.json", [])
+    elif damage == "broken metrics":
+        (tmp_path / "metrics.jsonl").write_text("{\n")
+    else:
+        (tmp_path / "metrics.jsonl").unlink()
+    named = {"no clock": "clock", "no moments": "training_state", "recipe is a list": "recipe"}
+    with pytest.raises(CheckpointError, match=named.get(damage, "metrics")):
+        tiny_run.trainer(tmp_path).train(resume=True)
+
+
+def test_weights_that_became_infinite_are_never_saved(tmp_path):
+    run = tiny_run.trainer(tmp_path)
+    take_step = run.step
+
+    def step():
+        report = take_step()
+        if run.state.clock.step == 8:
+            run.model.trunk.lm_head.weight.data[0, 0] = float("inf")
+        return report
+
+    run.step = step
+    with pytest.raises(DivergenceError, match="step-00000004"):
+        run.train()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004"]

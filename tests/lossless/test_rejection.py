@@ -181,3 +181,54 @@ def test_plain_sampling_is_the_same_loop_without_drafts(half_trained: MTPModel):
     samples = generate(half_trained, [TEXT[0, :6].tolist()] * 800, max_new_tokens=2, draft_length=0, **SETTINGS)
     law = plain_law_of_model(half_trained, TEXT[0, :6].tolist(), 2)
     assert chi_square_score(law, list(samples.token_ids)) < CRITICAL
+
+
+@torch.inference_mode()
+def raw_draft_logits(model: MTPModel, known: list[int], num_drafts: int) -> torch.Tensor:
+    """Logits that depths 1..num_drafts draft from, [num_drafts, V], uncached: `known` ends with the drafts themselves.
+
+    Depth k drafts the token after t[n+k-1] from position n-1, the last one it has in the row t[0..n+k-1].
+    """
+    end = len(known) - num_drafts
+    rows = [torch.tensor([known[: end + depth - 1]]) for depth in range(1, num_drafts + 1)]
+    return torch.stack([model(row).logits_per_depth[depth][0, -1] for depth, row in enumerate(rows, start=1)])
+
+
+@pytest.mark.parametrize(
+    ("setting", "is_dropped"),
+    [
+        ({"top_k": 3}, lambda ordered: torch.arange(len(ordered)) >= 3),
+        ({"top_p": 0.6}, lambda ordered: ordered.cumsum(0) - ordered >= 0.6),
+        ({"min_p": 0.3}, lambda ordered: ordered < 0.3 * ordered[0]),
+    ],
+    ids=["top_k", "top_p", "min_p"],
+)
+def test_the_drafts_distributions_are_cut_down_like_the_targets(half_trained: MTPModel, setting, is_dropped):
+    """`is_dropped` says by hand, of probabilities in falling order, which ones the setting leaves out."""
+    prompt, temperature, calls = TEXT[0, :6].tolist(), 1.6, []
+
+    def spy(draft_ids, draft_probs, target_probs, num_drafted, uniforms) -> Verification:
+        verified = rejection(draft_ids, draft_probs, target_probs, num_drafted, uniforms)
+        calls.append((draft_ids[0].tolist(), draft_probs[0].clone(), verified.num_accepted.item()))
+        return verified
+
+    result = generate(
+        half_trained, [prompt], max_new_tokens=24, draft_length=2, temperature=temperature, verifier=spy, **setting
+    )
+    num_known, num_dropped = len(prompt) + 1, 0
+    for draft_ids, draft_probs, num_accepted in calls:
+        known = [*prompt, *result.token_ids[0]][:num_known] + draft_ids
+        num_known += num_accepted + 1
+        if not draft_ids:
+            continue
+        unfiltered = (raw_draft_logits(half_trained, known, len(draft_ids)) / temperature).softmax(-1)
+        for probs, raw in zip(draft_probs, unfiltered, strict=True):
+            ordered, order = raw.sort(descending=True)
+            dropped = torch.zeros_like(raw, dtype=torch.bool).scatter_(0, order, is_dropped(ordered))
+            num_dropped += int(dropped.sum())
+            assert not probs[dropped].any(), "a token that the setting leaves out can be drafted"
+            expected = raw.masked_fill(dropped, 0.0)
+            torch.testing.assert_close(probs, expected / expected.sum(), rtol=1e-3, atol=1e-5)
+            assert not torch.allclose(probs, raw, rtol=1e-3, atol=1e-5), "a distribution left whole must be noticed"
+    assert num_known == len(prompt) + 24
+    assert num_dropped > 0

@@ -136,6 +136,45 @@ def test_foreign_missing_and_pickled_checkpoints_are_refused(tmp_path: Path):
         load_model(tmp_path / "a")
 
 
+@pytest.mark.parametrize(("table", "field"), [("nextn", "carry"), (None, "norm_topk_prob"), (None, "scoring_func")])
+def test_a_convention_that_is_not_written_down_is_never_implied(tmp_path: Path, table: str | None, field: str):
+    saved(tmp_path / "a", carry="pre_norm")
+    config = read_json(tmp_path / "a" / "config.json")
+    del (config if table is None else config["nextn"]["mtp"])[field]
+    write_json(tmp_path / "a" / "config.json", config)
+    with pytest.raises(CheckpointError, match=field):
+        load_model(tmp_path / "a")
+
+
+def test_float64_weights_keep_all_their_digits(tmp_path: Path):
+    model = MTPModel(TINY, MTPConfig()).initialize(seed=1).double()
+    with torch.no_grad():
+        model.trunk.lm_head.weight.add_(1e-12)
+    with atomic_folder(tmp_path / "a") as temporary:
+        save_model(model, temporary)
+    assert torch.equal(load_model(tmp_path / "a", dtype="float64").trunk.lm_head.weight, model.trunk.lm_head.weight)
+
+
+def test_an_interrupt_between_the_renames_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    target, rename = tmp_path / "a", Path.rename
+
+    def write(value: float):
+        with atomic_folder(target) as temporary:
+            write_tensors(temporary / "x.safetensors", {"x": torch.full((1,), value)})
+
+    def interrupted(source: Path, destination: Path) -> Path:
+        if destination == target and not source.name.endswith(".old"):
+            raise KeyboardInterrupt
+        return rename(source, destination)
+
+    write(1.0)
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(2.0)
+    assert read_tensors(target / "x.safetensors")["x"].item() == 1.0
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_unknown_dtype_and_device_are_refused(tmp_path: Path):
     saved(tmp_path / "a")
     with pytest.raises(DeviceError, match="unknown dtype 'int3'; known: float32"):

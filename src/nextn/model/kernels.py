@@ -2,7 +2,11 @@
 
 Measured on 2 cores with bfloat16 products, forward and backward: attention over 16 x 256 tokens, 4 heads of 48, takes
 22 ms stock and 9 ms here; a norm over 4096 x 192 takes 3.3 ms stock (it is composed of five operations, each with its
-own backward) and 0.9 ms here. Elsewhere (GPUs, float32, decoding, long rows) the stock kernels are used.
+own backward) and 0.9 ms here. Attention uses the stock kernel on GPUs, in other dtypes, in decoding and on long rows;
+the norm on GPUs and without gradients.
+
+Attention keeps its scores in bfloat16, where the stock kernel has float32: its relative error is 0.004 on random inputs
+against 0.002, and grows with scores far from zero (0.03 where all scores of a row share an offset of 20).
 """
 
 from __future__ import annotations
@@ -49,7 +53,7 @@ class MaterialisedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-        """`bias` is 0 where a query may look and -inf elsewhere."""
+        """[B, H, T, D] twice, [B, H, T, V] -> [B, H, T, V]; `bias` is 0 where a query may look and -inf elsewhere."""
         scores = torch.matmul(query * scale, key.transpose(-1, -2)).add_(bias)
         weights = scores.softmax(dim=-1)
         out = torch.matmul(weights, value)
@@ -81,7 +85,7 @@ class MaterialisedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Computed in float32 or better."""
+        """[..., C] and weight [C] -> [..., C], computed in float32 or better."""
         exact = hidden if hidden.dtype == torch.float64 else hidden.float()
         length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
         inverse = (length * length / hidden.shape[-1] + eps).rsqrt_()

@@ -1,7 +1,8 @@
 """What a report shows, as frozen dataclasses that go to JSON and come back equal.
 
-Every figure on the page is a field here; `plots` and `html` compute nothing but layout. Shares lie in 0..1, depth k and
-drafted token k are 1-based, K is the number of trained depths and N the number of drafted tokens per cycle.
+Every figure on the page is a field here or follows from one (a median of repeats, a share of a histogram). Shares lie
+in 0..1, overheads are relative to doing without; depth k and drafted token k are 1-based, K is the number of trained
+depths and N the number of drafted tokens per cycle.
 
 >>> Speedup.of_repeats(plain_tok_per_s=(100.0, 110.0, 90.0), speculative_tok_per_s=(150.0, 154.0, 144.0))
 Speedup(median=1.5, lowest=1.4, highest=1.6)
