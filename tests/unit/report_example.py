@@ -12,6 +12,7 @@ from pathlib import Path
 from nextn import config, tables
 from nextn.decoding.statistics import AcceptanceStatistics
 from nextn.report import html, schema
+from nextn.training import TeacherForcedEvaluation
 
 NUM_DEPTHS = 3
 CODE = "        self.assertEqual(response.status, 200)\n        if response.headers is None:\n            return None\n"
@@ -70,9 +71,10 @@ def example() -> schema.RunReport:
         data=schema.DataFacts("python-stdlib", "bytes", 681, 11_734_201, 14, 268_113, 1.0),
         model=schema.ModelFacts(6_283_520, 3_104_768, 1_212_416, 10, NUM_DEPTHS, 192, 257, 8, 2),
         training=schema.TrainingFacts(600, 2_457_600, 247.3, 9938.2, 0.2917, None, history()),
-        teacher_forced=schema.TeacherForcedFacts(
+        teacher_forced=TeacherForcedEvaluation(
             loss_per_depth=(1.091, 1.372, 1.655, 1.938), bits_per_byte_per_depth=(1.574, 1.979, 2.388, 2.796),
             teacher_forced_accuracy=(0.683, 0.587, 0.512, 0.463), main_agreement=(0.713, 0.604, 0.531),
+            num_labels=(8160, 8128, 8096, 8064),
         ),
         arms=(
             arm("greedy", 0.0, (212, 151, 104, 377),

@@ -8,6 +8,7 @@ import pytest
 
 from nextn import config, tables
 from nextn.report import html, plots, schema
+from nextn.training import TeacherForcedEvaluation
 from tests.unit.report_example import NUM_DEPTHS, arm, example, history
 
 
@@ -176,7 +177,7 @@ def test_a_run_without_mtp_and_without_decoding_has_a_page_too():
             dataclasses.replace(
                 report, arms=(), samples=(), repeated_text_share_held_out=None, provenance={}, settings={}, notes=(),
                 model=dataclasses.replace(report.model, num_depths=0, num_mtp_parameters=0, num_routed_experts=0),
-                teacher_forced=schema.TeacherForcedFacts((1.1,), (1.6,), (0.6,), ()),
+                teacher_forced=TeacherForcedEvaluation((1.1,), (1.6,), (0.6,), (), (510,)),
                 training=dataclasses.replace(report.training, history=plain_history),
             )
         )

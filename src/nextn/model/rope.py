@@ -49,7 +49,7 @@ def rope_frequencies(rope: RopeConfig, dim: int) -> tuple[Tensor, float]:
 
 
 def yarn_mscale(factor: float, coefficient: float) -> float:
-    """YaRN's attention temperature (arXiv 2309.00071 eq. 22): 0.1 * coefficient * ln(factor) + 1, or 1 if factor <= 1."""
+    """YaRN's attention temperature (arXiv 2309.00071 section 3.4): 0.1 * coefficient * ln(factor) + 1, at least 1."""
     return 1.0 if factor <= 1 else 0.1 * coefficient * math.log(factor) + 1.0
 
 

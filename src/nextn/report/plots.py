@@ -19,7 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from nextn.report.schema import DecodingArm, TeacherForcedFacts
+from nextn.report.schema import DecodingArm
+from nextn.training import TeacherForcedEvaluation
 
 WIDTH, HEIGHT = 410, 280  # px of the page at scale 1
 NUM_ARM_COLOURS = 4
@@ -91,7 +92,7 @@ def loss_plot(history: Sequence[Mapping[str, Any]]) -> str:
 
 
 @_styled
-def acceptance_kinds_plot(teacher_forced: TeacherForcedFacts, arms: Sequence[DecodingArm]) -> str:
+def acceptance_kinds_plot(teacher_forced: TeacherForcedEvaluation, arms: Sequence[DecodingArm]) -> str:
     """For each depth k >= 1: teacher_forced_accuracy, main_agreement, and conditional acceptance of every arm."""
     num_depths = len(teacher_forced.main_agreement)
     names = ["teacher_forced_accuracy", "main_agreement", *(f"acceptance, {arm.name}" for arm in arms)]

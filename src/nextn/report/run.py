@@ -18,11 +18,10 @@ from nextn.report.schema import (
     ModelFacts,
     RunReport,
     Sample,
-    TeacherForcedFacts,
     TrainingFacts,
 )
 from nextn.tables import to_table
-from nextn.training import PreparedData, read_metrics
+from nextn.training import PreparedData, TeacherForcedEvaluation, read_metrics
 
 NUM_SAMPLES = 3
 """Texts shown per arm."""
@@ -77,9 +76,7 @@ def report_of_run(
             mtp_time_overhead=provenance.get("training_cost", {}).get("mtp_time_overhead"),
             history=history,
         ),
-        teacher_forced=TeacherForcedFacts(
-            **{key: tuple(last_evaluation[key]) for key in TeacherForcedFacts.__dataclass_fields__}
-        ),
+        teacher_forced=TeacherForcedEvaluation.of_record(last_evaluation),
         arms=tuple(arms),
         repeated_text_share_held_out=mean_repeated_share(held_out.continuations),
         samples=tuple(samples),

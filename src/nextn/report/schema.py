@@ -21,6 +21,7 @@ from typing import Any
 from nextn import tables
 from nextn.decoding.statistics import AcceptanceStatistics
 from nextn.errors import ConfigError
+from nextn.training import TeacherForcedEvaluation
 
 TRAIN_KEYS = ("step", "num_tokens", "loss_per_depth")
 EVALUATION_KEYS = (*TRAIN_KEYS, "bits_per_byte_per_depth", "teacher_forced_accuracy", "main_agreement")
@@ -78,22 +79,6 @@ class TrainingFacts:
                 raise ConfigError(
                     f"history[{index}] ({line['kind']}) lacks {', '.join(missing)}; it has {sorted(line)}"
                 )
-
-
-@dataclass(frozen=True)
-class TeacherForcedFacts:
-    """Held-out text read with the true tokens as input; index 0 is depth 0 unless said otherwise."""
-
-    loss_per_depth: tuple[float, ...]  # [K+1], nats per token
-    bits_per_byte_per_depth: tuple[float, ...]  # [K+1]
-    teacher_forced_accuracy: tuple[float, ...]  # [K+1], argmax = label
-    main_agreement: tuple[float, ...]  # [K], index 0 is depth 1: argmax = the trunk's argmax for the same token
-
-    def __post_init__(self) -> None:
-        num_depths = len(self.loss_per_depth) - 1
-        _check_length("bits_per_byte_per_depth", self.bits_per_byte_per_depth, num_depths + 1)
-        _check_length("teacher_forced_accuracy", self.teacher_forced_accuracy, num_depths + 1)
-        _check_length("main_agreement", self.main_agreement, num_depths)
 
 
 @dataclass(frozen=True)
@@ -211,7 +196,7 @@ class RunReport:
     data: DataFacts
     model: ModelFacts
     training: TrainingFacts
-    teacher_forced: TeacherForcedFacts
+    teacher_forced: TeacherForcedEvaluation
     arms: tuple[DecodingArm, ...]
     repeated_text_share_held_out: float | None  # of the true continuations of the prompts, as long as the outputs
     samples: tuple[Sample, ...]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,18 @@ class TeacherForcedEvaluation:
     teacher_forced_accuracy: tuple[float, ...]
     main_agreement: tuple[float, ...]
     num_labels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        num_depths = len(self.loss_per_depth) - 1
+        for name, values in vars(self).items():
+            wanted = num_depths if name == "main_agreement" else num_depths + 1
+            if len(values) != wanted:
+                raise ValueError(f"{name} has {len(values)} entries, expected {wanted}")
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> TeacherForcedEvaluation:
+        """From an evaluation line of metrics.jsonl."""
+        return cls(**{field.name: tuple(record[field.name]) for field in dataclasses.fields(cls)})
 
     def to_table(self) -> dict[str, Any]:
         """Plain lists by field name, for JSON."""
