@@ -12,7 +12,7 @@ from torch import Tensor
 from nextn.config import ModelConfig, MTPConfig
 from nextn.model.context import document_mask
 from nextn.model.kernels import attention
-from nextn.model.moe import Experts, Router
+from nextn.model.moe import Experts, GroupedLinear, Router
 from nextn.mtp import MTPModel
 from nextn.objective import summed_cross_entropy
 
@@ -57,12 +57,16 @@ class RouterInBfloat16(Router):
         return scores.gather(1, experts) * self.scaling, experts
 
 
-def gates_with_and_without_autocast(router_class: type[Router], hidden: Tensor, **settings) -> tuple[Tensor, Tensor]:
-    """A dense table [N, E] of the gates each token gives, 0 for unchosen experts: under autocast, and in float32."""
+def random_router(router_class: type[Router], **settings) -> Router:
     torch.manual_seed(0)
     router = router_class(ModelConfig(**{**vars(SMALL), **settings}))
-    torch.nn.init.normal_(router.weight)
+    torch.nn.init.normal_(router.weight, std=0.3)
     router.e_score_correction_bias.normal_(std=0.1)
+    return router
+
+
+def gates_with_and_without_autocast(router: Router, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """A dense table [N, E] of the gates each token gives, 0 for unchosen experts: under autocast, and in float32."""
     tables = []
     with torch.no_grad():
         with bfloat16_autocast():
@@ -81,16 +85,24 @@ def gates_with_and_without_autocast(router_class: type[Router], hidden: Tensor, 
 )
 def test_router_scores_and_gates_are_float32_and_unchanged_by_autocast(dtype: torch.dtype, settings: dict):
     hidden = torch.randn(50, SMALL.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
-    under_autocast, exact = gates_with_and_without_autocast(Router, hidden, **settings)
+    router = random_router(Router, **settings)
+    under_autocast, without = gates_with_and_without_autocast(router, hidden)
     assert under_autocast.dtype == torch.float32
-    assert torch.equal(under_autocast, exact)
+    assert torch.equal(under_autocast, without)
+    exact = (hidden.double() @ router.weight.detach().double().T).sigmoid()
+    if router.normalise:
+        exact = exact * (without > 0)
+        exact = 1.7 * exact / exact.sum(-1, keepdim=True)
+    torch.testing.assert_close(under_autocast.double(), exact, rtol=1e-5, atol=0)
 
 
 def test_a_router_that_lets_autocast_round_its_scores_is_noticed():
     hidden = torch.randn(50, SMALL.hidden_size, generator=torch.Generator().manual_seed(1))
-    rounded, exact = gates_with_and_without_autocast(RouterInBfloat16, hidden, num_experts_per_tok=6)
+    router = random_router(RouterInBfloat16, num_experts_per_tok=6)
+    rounded, exact = gates_with_and_without_autocast(router, hidden)
     assert rounded.dtype == torch.bfloat16
-    assert not torch.equal(rounded.float(), exact)
+    with pytest.raises(AssertionError, match="not close"):
+        torch.testing.assert_close(rounded.float(), exact, rtol=1e-5, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------------- cross-entropy
@@ -167,6 +179,18 @@ def test_grouped_experts_multiply_in_bfloat16_and_agree_with_the_float32_formula
     assert {grad.dtype for grad in ours[1:]} == {torch.float32}
     for mine, expected in zip(ours, exact, strict=True):
         assert 1e-5 < relative_error(mine, expected) < RELATIVE_TOLERANCE  # above 0: it was computed in bfloat16
+
+
+def test_one_grouped_product_is_that_of_operands_rounded_to_bfloat16():
+    torch.manual_seed(6)
+    rows, weight, num_rows = torch.randn(40, 32), torch.randn(3, 24, 32), [16, 0, 24]
+    with bfloat16_autocast():
+        out = GroupedLinear.apply(rows, weight, num_rows)
+    assert out.dtype == torch.bfloat16
+    assert GroupedLinear.apply(rows, weight, num_rows).dtype == torch.float32, "without autocast nothing is rounded"
+    cast, matrices = rows.bfloat16().double(), weight.bfloat16().double()
+    rounded = torch.cat([cast[:16] @ matrices[0].T, cast[16:] @ matrices[2].T])
+    torch.testing.assert_close(out.double(), rounded, rtol=2**-8, atol=1e-5)
 
 
 def test_a_few_tokens_in_evaluation_multiply_in_bfloat16_too():
