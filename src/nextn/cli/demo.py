@@ -49,7 +49,7 @@ def demo(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a setting; may be repeated.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Timed repeats of each decoding arm.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats of each decoding arm.")] = 3,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run folder and train anew.")] = False,
 ) -> None:
     """Train, decode losslessly, and write a report, in minutes on two CPU cores.
