@@ -161,7 +161,7 @@ BAD_INPUTS = {
     "too long": (["generate", "run", "-p", "x", "-n", "500"], "exceeds the context of 64"),
     "negative temperature": (["generate", "run", "-p", "x", "--temperature", "-1"], "temperature"),
     "unknown dtype": (["generate", "run", "-p", "x", "--dtype", "int3"], "unknown dtype"),
-    "no repeats": (["demo", "--repeats", "0"], "is not in the range"),
+    "no repeats": (["demo", "--repeats", "0"], "greater than or equal to 1"),
     "--fresh on something else": (["demo", "--out", ".", "--fresh"], "does not look like"),
 }
 
