@@ -50,7 +50,7 @@ def demo(
         list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a setting; may be repeated.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed repeats of each decoding arm.")] = 3,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run folder and train anew.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the run wrote and train anew.")] = False,
 ) -> None:
     """Train, decode losslessly, and write a report, in minutes on two CPU cores.
 
@@ -149,7 +149,11 @@ def _resume_plan(
 
 
 def _delete_run(out: Path) -> None:
-    """Remove a run folder; anything else is refused."""
+    """Remove what a run wrote into its folder, and nothing else."""
     if not (out / "recipe.json").exists() and not list_checkpoints(out):
         raise ConfigError(f"--fresh deletes a run, and {out} does not look like one (no recipe.json)")
-    shutil.rmtree(out)
+    for name in ("checkpoints", "tensorboard"):
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+    for name in ("recipe.json", "provenance.json", "metrics.jsonl", "report.json", "report.html"):
+        (out / name).unlink(missing_ok=True)

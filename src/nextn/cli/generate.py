@@ -67,8 +67,11 @@ def generate(
     for index, text in enumerate(prompts):
         if index:
             console.rule()
-        console.print(Text(text, style="dim"), end="")
-        console.print(_coloured(model, result, index) if show_drafts else Text(result.texts[index]))
+        if show_drafts:
+            console.print(Text(text, style="dim"), end="")
+            console.print(_coloured(model, result, index))
+        else:  # as it is, tabs included: what is piped into a file must be the model's text
+            print(text + result.texts[index])
     if show_drafts:
         _print_statistics(messages(), result, draft_length)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,10 +101,9 @@ def remove_old_checkpoints(run_folder: Path, keep: int) -> None:
     """Remove all but the `keep` latest checkpoints, and what a killed run left half-written or half-removed."""
     for path in list_checkpoints(run_folder)[:-keep]:
         _remove(path)
-    complete = set(list_checkpoints(run_folder))
     folder = run_folder / "checkpoints"
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path not in complete and "step-" in path.name:
+        if path.is_dir() and re.match(r"\.(removed-)?step-\d{8}", path.name):  # names only nextn gives
             shutil.rmtree(path)
 
 

@@ -161,7 +161,7 @@ class Trainer:
         )
 
     def _begin(self) -> None:
-        if (self.run_folder / "recipe.json").exists():
+        if (self.run_folder / "recipe.json").exists() or list_checkpoints(self.run_folder):
             raise ConfigError(
                 f"{self.run_folder} already holds a run; resume it, or choose another folder (nothing is overwritten)"
             )
