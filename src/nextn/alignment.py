@@ -68,6 +68,17 @@ class DepthAlignment:
         own, embedded = document_ids[:, : self.num_positions], document_ids[:, depth:]
         return own.masked_fill(own != embedded, PADDING_DOCUMENT)
 
+    def at_labels(self, values: Tensor) -> Tensor:
+        """What is known of each token, [B, T], at the positions that predict it: values[i+k+1], 0 without a label.
+
+        >>> align(torch.tensor([[10, 11, 12, 13]]), depth=1).at_labels(torch.tensor([[0.1, 0.2, 0.3, 0.4]])).tolist()
+        [[0.30000001192092896, 0.4000000059604645, 0.0]]
+        """
+        depth = values.shape[1] - self.num_positions
+        shifted = values.new_zeros(self.labels.shape)
+        shifted[:, : num_final_positions(values.shape[1], depth + 1)] = values[:, depth + 1 :]
+        return shifted.masked_fill(~self.valid, 0)
+
     def cut(self, hidden: Tensor) -> Tensor:
         """The previous depth's states at this depth's positions.
 

@@ -51,7 +51,7 @@ def test_gradients_do_not_depend_on_the_micro_batch_size(tmp_path, micro_batch_s
 def test_averaging_over_each_micro_batch_alone_is_caught(tmp_path, monkeypatch):
     whole = first_step_gradients(tmp_path, None)
     # The classic mistake: each micro-batch divides by its own labels, then micro-batches are averaged (6 rows, 2 each).
-    monkeypatch.setattr(trainer, "denominators", lambda config, num_labels: None)
+    monkeypatch.setattr(trainer, "batch_totals", lambda *arguments, **options: None)
     split = first_step_gradients(tmp_path, 2)
     errors = [(split[name] / 3 - gradient).abs().max() / gradient.abs().max() for name, gradient in whole.items()]
     assert max(errors) > 1e-3
@@ -70,10 +70,13 @@ def test_training_lowers_the_loss_of_every_depth(tmp_path, optimizer):
     for first, last in zip(train[0]["loss_per_depth"], train[-1]["loss_per_depth"], strict=True):
         assert last < first - 0.5
     assert train[0]["loss"] == pytest.approx(
-        train[0]["loss_per_depth"][0] + 0.15 * sum(train[0]["loss_per_depth"][1:]), rel=1e-5
+        train[0]["loss_per_depth"][0] + 0.15 * sum(train[0]["loss_per_depth"][1:]) + 1e-4 * train[0]["balance_loss"],
+        rel=1e-5,
     )
     assert (result.num_steps, result.num_tokens) == (60, 60 * 6 * 24)
-    assert train[-1]["expert_load_max_over_mean"] >= 1
+    assert set(train[-1]["expert_load_max_over_mean"]) == set(result.evaluation["expert_load"])
+    assert min(train[-1]["expert_load_max_over_mean"].values()) >= 1
+    assert all(sum(shares) == pytest.approx(1) for shares in result.evaluation["expert_load"].values())
     assert result.evaluation == records[-1]
     assert result.evaluation["loss_per_depth"][0] < math.log(tiny_run.VOCAB_SIZE)
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from nextn.model.balancing import update_routing_biases
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from nextn.alignment import PADDING_DOCUMENT
 from nextn.config import ScheduleConfig
 from nextn.data import Batch, RowSampler, validation_rows
-from nextn.model.moe import update_routing_biases
 from nextn.mtp import MTPModel
-from nextn.objective import depth_weights
+from nextn.objective import Progress
 from nextn.training import Trainer, TrainingOptimizer, evaluate_teacher_forced, learning_rate_factor, read_metrics
 from nextn.training import trainer as trainer_module
 from tests.e2e import tiny_run
@@ -46,7 +46,8 @@ def weights_by_step(run_folder: Path, schedule: ScheduleConfig) -> list[list[flo
     assert [line["num_tokens"] for line in lines] == [TOKENS_PER_STEP * step for step in range(1, 7)]
     for line in lines:
         weighted = [w * loss for w, loss in zip([1.0, *line["depth_weights"]], line["loss_per_depth"], strict=True)]
-        assert line["loss"] == pytest.approx(sum(weighted), rel=1e-5), "the weights logged are those of the total"
+        total = sum(weighted) + 1e-4 * line["balance_loss"]
+        assert line["loss"] == pytest.approx(total, rel=1e-6), "the weights logged are those of the total"
     return [line["depth_weights"] for line in lines]
 
 
@@ -72,10 +73,10 @@ def test_a_piecewise_lambda_changes_at_the_step_it_names(tmp_path, schedule, lam
 def test_a_schedule_read_after_the_step_instead_of_before_it_is_noticed(tmp_path, monkeypatch, schedule):
     right = weights_by_step(tmp_path / "right", schedule)
 
-    def one_step_late(config, num_depths, step, num_tokens):
-        return depth_weights(config, num_depths, step + 1, num_tokens + TOKENS_PER_STEP)
+    def one_step_late(step, num_tokens, num_steps):
+        return Progress(step + 1, num_tokens + TOKENS_PER_STEP, num_steps)
 
-    monkeypatch.setattr(trainer_module, "depth_weights", one_step_late)
+    monkeypatch.setattr(trainer_module, "Progress", one_step_late)
     assert weights_by_step(tmp_path / "wrong", schedule) != right
 
 
@@ -104,7 +105,8 @@ def total_by_hand(model: MTPModel, batch: Batch, denominator: str) -> float:
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
 @pytest.mark.parametrize("denominator", ["depth", "sequence"])
 def test_the_total_loss_is_the_hand_sum_under_either_denominator(tmp_path, denominator, micro_batch_size):
-    recipe = recipe_with(objective={"denominator": denominator}, training={"micro_batch_size": micro_batch_size})
+    objective = {"denominator": denominator, "sequence_balance_alpha": 0.0}
+    recipe = recipe_with(objective=objective, training={"micro_batch_size": micro_batch_size})
     run = tiny_run.trainer(tmp_path, recipe)
     fresh = copy.deepcopy(run.model)
     loss = run.step().loss
@@ -123,9 +125,9 @@ def one_step(run: Trainer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What one optimizer step logged and did: losses, gradients, weights after it, expert loads, routing biases."""
     loads = {}
 
-    def recording_update(model, speed):
-        loads.update(update_routing_biases(model, speed))
-        return loads
+    def recording_update(model, step_loads, speed):
+        loads.update(step_loads)
+        update_routing_biases(model, step_loads, speed)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "update_routing_biases", recording_update)
@@ -165,7 +167,7 @@ def test_a_step_with_experts_does_not_depend_on_the_micro_batch_size(tmp_path, m
 def test_balancing_after_every_micro_batch_instead_of_every_step_is_noticed(tmp_path, monkeypatch):
     whole = one_step(micro_batched(tmp_path, None), monkeypatch)
     run = micro_batched(tmp_path, 2)
-    run.model.register_forward_hook(lambda model, *_: update_routing_biases(model, 0.01) and None)
+    run.model.register_forward_hook(lambda model, _, out: update_routing_biases(model, out.expert_loads, 0.01))
     split = one_step(run, monkeypatch)
     assert not all(torch.equal(split["biases"][name], bias) for name, bias in whole["biases"].items())
 
@@ -204,11 +206,9 @@ def test_evaluation_and_training_isolate_documents_as_the_settings_say(tmp_path,
 def loads_of(model: MTPModel, input_ids: Tensor, document_ids: Tensor | None = None) -> dict[str, Tensor]:
     """Choices that fell on each expert in one training forward, by layer."""
     with torch.no_grad():
-        model.train()(input_ids, document_ids=document_ids)
-    loads = update_routing_biases(model, speed=0.0)
-    nothing = torch.zeros(RECIPE.model.n_routed_experts, dtype=torch.int64)
-    assert loads.keys() <= set(EXPERT_LAYERS)
-    return {layer: loads.get(layer, nothing) for layer in EXPERT_LAYERS}
+        loads = model.train()(input_ids, document_ids=document_ids).expert_loads
+    assert loads.keys() == set(EXPERT_LAYERS)
+    return loads
 
 
 LENGTHS = (1, 2, 3, 7, 11)

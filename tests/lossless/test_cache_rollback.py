@@ -34,7 +34,7 @@ def drafts_from_scratch(model: MTPModel, known: list[int], num_drafts: int, draf
     for depth in range(1, num_drafts + 1):
         embedded = torch.tensor([[tokens[position + depth] for position in range(num_positions)]])
         state = model.scheme.step(model.trunk, depth, hidden, embedded, model.trunk.context(hidden.shape[1]))
-        rows.append(model.scheme.logits(model.trunk, depth, state.head_input)[0, -1])
+        rows.append(model.scheme.head(model.trunk, depth)(state.head_input)[0, -1])
         hidden = state.carry
     return transform(torch.stack(rows), SAMPLING)
 

@@ -159,7 +159,6 @@ def test_generate_leaves_the_model_in_the_mode_it_was_in():
     model = random_model(0).train()
     generate(model, [[1]], max_new_tokens=3)
     assert model.training
-    assert all(load.sum() == 0 for name, load in model.named_buffers() if name.endswith("expert_load"))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nextn.config import ModelConfig
+from nextn.model.moe import Routing
 
 from .conftest import SMALL, ours_from, relative_error, transformers_model
 
@@ -53,10 +54,9 @@ def test_parity_catches_the_classic_mistakes(mistake: str):
             plain_forward = gate.forward
 
             def biased(hidden, gate=gate, plain_forward=plain_forward):
-                _, experts = plain_forward(hidden)
-                scores = torch.nn.functional.linear(hidden, gate.weight).sigmoid() + gate.e_score_correction_bias
-                gates = scores.gather(1, experts)
-                return gates / gates.sum(-1, keepdim=True) * gate.scaling, experts
+                scores, _, experts = plain_forward(hidden)
+                gates = (scores + gate.e_score_correction_bias).gather(1, experts)
+                return Routing(scores, gates / gates.sum(-1, keepdim=True) * gate.scaling, experts)
 
             gate.forward = biased
     ids = torch.randint(0, SMALL.vocab_size, (2, 20), generator=torch.Generator().manual_seed(3))

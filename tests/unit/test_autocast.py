@@ -12,9 +12,9 @@ from torch import Tensor
 from nextn.config import ModelConfig, MTPConfig
 from nextn.model.context import document_mask
 from nextn.model.kernels import attention
-from nextn.model.moe import Experts, GroupedLinear, Router
+from nextn.model.moe import Experts, GroupedLinear, Router, Routing
 from nextn.mtp import MTPModel
-from nextn.objective import summed_cross_entropy
+from nextn.objective import StepObjective, summed_cross_entropy
 
 SMALL = ModelConfig(
     vocab_size=29,
@@ -51,10 +51,10 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
 class RouterInBfloat16(Router):
     """Broken: its scores are computed in whatever autocast says."""
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor) -> Routing:
         scores = F.linear(hidden, self.weight).sigmoid()
         experts = (scores.detach() + self.e_score_correction_bias).topk(self.top_k, dim=-1).indices
-        return scores.gather(1, experts) * self.scaling, experts
+        return Routing(scores, scores.gather(1, experts) * self.scaling, experts)
 
 
 def random_router(router_class: type[Router], **settings) -> Router:
@@ -72,7 +72,7 @@ def gates_with_and_without_autocast(router: Router, hidden: Tensor) -> tuple[Ten
         with bfloat16_autocast():
             choices = [router(hidden)]
         choices.append(router(hidden.float()))
-    for gates, experts in choices:
+    for _, gates, experts in choices:
         tables.append(gates.new_zeros(len(hidden), SMALL.n_routed_experts).scatter_(1, experts, gates))
     return tables[0], tables[1]
 
@@ -138,7 +138,7 @@ def test_the_losses_of_a_model_under_autocast_are_float32_sums_over_its_bfloat16
     model = MTPModel(SMALL, MTPConfig(num_depths=2)).initialize(0).train()
     ids = torch.randint(0, SMALL.vocab_size, (3, 20), generator=torch.Generator().manual_seed(3))
     with bfloat16_autocast():
-        out = model(ids, depth_weights=[0.5, 0.25])
+        out = model(ids, objective=StepObjective((0.5, 0.25)))
     assert {logits.dtype for logits in out.logits_per_depth} == {torch.bfloat16}
     assert out.loss.dtype == out.loss_per_depth.dtype == torch.float32
     exact = []

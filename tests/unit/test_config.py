@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from nextn.config import ModelConfig, MTPConfig, OptimizerConfig, Recipe, RopeConfig, load_recipe
+from nextn.config import ModelConfig, OptimizerConfig, Recipe, RopeConfig, load_recipe
 from nextn.errors import ConfigError
 from nextn.tables import from_table, override, to_table
 
@@ -44,6 +44,10 @@ def test_every_setting_says_what_it_means():
     ("table", "message"),
     [
         ({"modell": {}}, "unknown setting 'modell'; did you mean 'model'"),
+        ({"training": {"lam": 1}}, r"unknown setting 'training.lam'; \[training\] knows: batch_size"),
+        ({"data": {"num_steps": 3}}, r"'data.num_steps'; num_steps is a setting of \[training\]"),
+        ({"concat": 1}, r"'concat'; concat is a setting of \[mtp\]"),
+        ({"detach": {}}, r"did you mean 'data'\? detach is a setting of \[objective\]"),
         ({"model": {"hiden_size": 3}}, "unknown setting 'model.hiden_size'; did you mean 'hidden_size'"),
         ({"model": {"hidden_size": "wide"}}, "model.hidden_size must be int, got 'wide'"),
         ({"model": {"hidden_size": True}}, "model.hidden_size must be int"),
@@ -65,6 +69,7 @@ def test_every_setting_says_what_it_means():
         ({"optimizer": {"betas": [0.9, 1.0]}}, "must lie in 0..1"),
         ({"optimizer": {"decay_share": 2.0}}, "optimizer.decay_share must lie in 0..1"),
         ({"training": {"seed": -1}}, "training.seed must be at least 0"),
+        ({"training": {"seed": 2**64}}, r"training.seed must lie in 0\.\.2\*\*64 - 1"),
         ({"evaluation": {"num_rows": 0}}, "evaluation.num_rows must be at least 1"),
         ({"data": {"max_bytes": 0}}, "data.max_bytes must be at least 1"),
         ({"model": {"n_group": 0}}, "model.n_group must be at least 1"),
@@ -105,12 +110,6 @@ def test_broken_overrides_and_files_are_refused(tmp_path):
     broken.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="cannot be read as TOML"):
         load_recipe(broken)
-
-
-def test_shared_weights_store_one_module():
-    assert MTPConfig(num_depths=3).num_modules == 3
-    assert MTPConfig(num_depths=3, share_weights=True).num_modules == 1
-    assert MTPConfig(num_depths=0, share_weights=True).num_modules == 0
 
 
 def test_settings_cannot_be_changed():

@@ -23,7 +23,7 @@ def test_flops_are_those_of_a_counter(num_depths: int, q_lora_rank: int | None):
     model = MTPModel(config, MTPConfig(num_depths=num_depths)).initialize(seed=1).eval()
     length = 64
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
-        model(tokens(2, length), depth_weights=[1.0] * num_depths)
+        model(tokens(2, length))
     cost = model_cost(model, length)
     predicted = 2 * length * (cost.trunk_flops_per_token + cost.mtp_flops_per_token)
     # Grouped products of experts are our own operator: the counter sees their parts, rounded up to whole slots, and

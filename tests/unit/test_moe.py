@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nextn.config import ModelConfig
-from nextn.model.moe import Experts, MixtureOfExperts, Router, update_routing_biases
+from nextn.model.balancing import ExpertUsage, balance_loss, update_routing_biases
+from nextn.model.moe import Experts, MixtureOfExperts, Router
 
 SMALL = ModelConfig(vocab_size=11, hidden_size=16, moe_intermediate_size=12, n_routed_experts=6, num_experts_per_tok=2)
 
@@ -57,9 +60,9 @@ def test_the_routing_bias_changes_the_choice_but_not_the_gate():
     router = Router(replace(SMALL, num_experts_per_tok=1, norm_topk_prob=False))
     torch.nn.init.normal_(router.weight)
     hidden = torch.randn(20, 16)
-    _, before = router(hidden)
+    before = router(hidden).experts
     router.e_score_correction_bias[3] = 10.0
-    gates, after = router(hidden)
+    _, gates, after = router(hidden)
     assert (after == 3).all()
     assert not (before == 3).all()
     torch.testing.assert_close(gates[:, 0], (hidden @ router.weight[3]).sigmoid())
@@ -70,45 +73,75 @@ def test_a_token_chooses_only_inside_its_best_groups():
     config = replace(SMALL, n_routed_experts=8, n_group=4, topk_group=1, num_experts_per_tok=2)
     router = Router(config)
     torch.nn.init.normal_(router.weight)
-    _, experts = router(torch.randn(50, 16))
+    experts = router(torch.randn(50, 16)).experts
     assert (experts[:, 0] // 2 == experts[:, 1] // 2).all()
 
 
 def test_biases_move_by_gamma_against_the_load_of_the_whole_batch():
-    layer = MixtureOfExperts(SMALL).train()
-    layer.expert_load += torch.tensor([9, 1, 5, 5, 5, 5])
-    loads = update_routing_biases(layer, speed=0.01)
+    layer = MixtureOfExperts(SMALL)
+    update_routing_biases(layer, {"": torch.tensor([9, 1, 5, 5, 5, 5])}, speed=0.01)
     expected = torch.tensor([-0.01, 0.01, 0, 0, 0, 0])
     torch.testing.assert_close(layer.gate.e_score_correction_bias, expected)
-    assert next(iter(loads.values())).tolist() == [9, 1, 5, 5, 5, 5]
-    assert not layer.expert_load.any()
+
+
+def load_of(layer: MixtureOfExperts, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    usage = ExpertUsage(mask, with_balance=False)
+    layer(hidden, usage)
+    return usage.loads[layer]
 
 
 def test_load_is_the_same_for_any_split_into_micro_batches_and_leaves_padding_out():
     torch.manual_seed(4)
-    layer = MixtureOfExperts(SMALL).train()
+    layer = MixtureOfExperts(SMALL)
     torch.nn.init.normal_(layer.gate.weight)
     hidden, mask = torch.randn(4, 7, 16), torch.rand(4, 7) < 0.7
-    layer(hidden, mask)
-    whole = layer.expert_load.clone()
-    layer.expert_load.zero_()
-    for row in range(4):
-        layer(hidden[row : row + 1], mask[row : row + 1])
-    assert torch.equal(layer.expert_load, whole)
+    whole = load_of(layer, hidden, mask)
+    rows = [load_of(layer, hidden[row : row + 1], mask[row : row + 1]) for row in range(4)]
+    assert torch.equal(torch.stack(rows).sum(0), whole)
     assert whole.sum() == 2 * mask.sum()
-    unmasked = MixtureOfExperts(SMALL).train()
-    unmasked.load_state_dict(layer.state_dict())
-    unmasked(hidden)
-    assert not torch.equal(unmasked.expert_load, whole), "counting padding must be noticed"
+    assert not torch.equal(load_of(layer, hidden), whole), "counting padding must be noticed"
 
 
-def test_evaluation_counts_no_load_and_speed_zero_freezes_the_biases():
+def test_a_layer_that_runs_again_in_one_context_is_counted_once():
+    layer, usage = MixtureOfExperts(SMALL), ExpertUsage(None, with_balance=True)
+    for _ in range(2):
+        layer(torch.ones(1, 5, 16), usage)
+    assert usage.loads[layer].sum() == 2 * 5
+    torch.testing.assert_close(usage.balances[layer], torch.tensor(1.0))
+
+
+def test_speed_zero_and_layers_without_tokens_leave_the_biases_alone():
     layer = MixtureOfExperts(SMALL)
-    layer.eval()(torch.randn(1, 5, 16))
-    assert not layer.expert_load.any()
-    layer.train()(torch.randn(1, 5, 16))
-    update_routing_biases(layer, speed=0.0)
+    update_routing_biases(layer, {"": torch.tensor([9, 1, 5, 5, 5, 5])}, speed=0.0)
+    update_routing_biases(layer, {"": torch.zeros(6, dtype=torch.int64)}, speed=0.1)
     assert not layer.gate.e_score_correction_bias.any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 3), st.integers(2, 6))
+def test_the_sequence_wise_balance_loss_is_equations_17_to_20_written_out(seed: int, top_k: int, num_experts: int):
+    generator = torch.Generator().manual_seed(seed)
+    top_k = min(top_k, num_experts)
+    scores = torch.rand(2, 5, num_experts, generator=generator, dtype=torch.float64)
+    mask = torch.rand(2, 5, generator=generator) < 0.8
+    expected = []
+    for row in range(2):
+        tokens = [scores[row, t] for t in range(5) if mask[row, t]]
+        total = 0.0
+        for expert in range(num_experts):
+            chosen = sum(expert in sorted(range(num_experts), key=lambda e: -t[e])[:top_k] for t in tokens)
+            share = sum(float(t[expert] / t.sum()) for t in tokens)
+            if tokens:
+                total += num_experts / (top_k * len(tokens)) * chosen * share / len(tokens)
+        expected.append(total)
+    torch.testing.assert_close(balance_loss(scores, top_k, mask), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_the_balance_loss_pushes_probability_away_from_busy_experts():
+    logits = torch.tensor([[[2.0, 0.0, 0.0], [1.5, 0.0, 0.5]]], requires_grad=True)
+    balance_loss(logits.sigmoid(), top_k=1).sum().backward()
+    assert (logits.grad[..., 0] > 0).all(), "descending the gradient lowers the busy expert's score"
+    assert (logits.grad[..., 1] < 0).all()
 
 
 def test_balancing_evens_out_a_skewed_router():
@@ -119,8 +152,8 @@ def test_balancing_evens_out_a_skewed_router():
     shares = []
     for _ in range(300):
         with torch.no_grad():
-            layer(hidden)
-        load = update_routing_biases(layer, speed=0.01)[""]
+            load = load_of(layer, hidden)
+        update_routing_biases(layer, {"": load}, speed=0.01)
         shares.append((load.max() / load.float().mean()).item())
     assert shares[0] > 1.5
     assert shares[-1] < 1.2

@@ -12,6 +12,7 @@ from torch import Tensor
 from nextn.data import Batch, validation_rows
 from nextn.errors import DataError
 from nextn.mtp import MTPModel
+from nextn.objective import HeadInput
 from nextn.training import evaluate_teacher_forced, evaluation
 from nextn.training.evaluation import count_predictions
 from tests.e2e.tiny_run import RECIPE, tokens
@@ -46,7 +47,8 @@ def counts_by_hand(logits: list[Tensor], input_ids: Tensor, document_ids: Tensor
 
 
 def as_pairs(logits: list[Tensor], input_ids: Tensor, document_ids: Tensor) -> list[tuple[int, int]]:
-    counts = count_predictions(logits, input_ids, document_ids)
+    head_inputs = [HeadInput(depth_logits, torch.eye(VOCAB_SIZE)) for depth_logits in logits]
+    counts = count_predictions(head_inputs, input_ids, document_ids)
     return [(int(count.num_correct), int(count.num_agreeing)) for count in counts]
 
 
@@ -95,15 +97,12 @@ def test_depth_zero_is_the_mean_cross_entropy_of_the_next_token_and_bits_per_byt
     assert len(result.main_agreement) == 2
 
 
-def test_evaluation_leaves_the_mode_and_the_expert_loads_alone():
+def test_evaluation_leaves_the_mode_alone():
     model, rows = model_and_rows()
     for mode in (True, False):
         model.train(mode)
         evaluate_teacher_forced(model, rows, 1.0)
         assert model.training is mode
-    loads = [buffer for name, buffer in model.named_buffers() if name.endswith("expert_load")]
-    assert loads
-    assert not any(bool(load.any()) for load in loads)
 
 
 def test_rows_without_a_label_for_the_deepest_depth_are_refused():

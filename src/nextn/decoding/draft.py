@@ -41,7 +41,7 @@ class Drafter:
         scheme: the MTP depths.
         num_rows: B.
         capacity: most tokens a row may hold, drafts included.
-        draft_length: N, most tokens drafted in a cycle; beyond the trained depths the last module is used again.
+        draft_length: N, most tokens drafted in a cycle, at most the scheme's `max_draft_length`.
     """
 
     def __init__(self, trunk: Trunk, scheme: Scheme, num_rows: int, capacity: int, draft_length: int):
@@ -101,7 +101,7 @@ class Drafter:
             if depth < len(self._states):
                 self._store(depth, positions, state.carry)
             self._num_read[depth] = ends
-            logits = self._scheme.logits(self._trunk, depth, state.head_input[:, -1:])[:, 0]
+            logits = self._scheme.head(self._trunk, depth)(state.head_input[:, -1])
             probs = transform(logits, sampling)
             token_ids[self._rows, next_places] = choose(probs, None if uniforms is None else uniforms[:, depth - 1])
             next_places = next_places + 1

@@ -111,7 +111,8 @@ def generate(
         model: trunk and MTP depths; put in eval mode for the call.
         prompts: texts (need the model's tokenizer) or token ids; at least one token each.
         max_new_tokens: most tokens to add to each prompt.
-        draft_length: N, tokens drafted per cycle; 0 is plain decoding. Beyond the trained depths the last is reused.
+        draft_length: N, tokens drafted per cycle; 0 is plain decoding. Beyond the trained depths the sequential scheme
+            uses its last module again; the others cannot draft further.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_k: keep the k most likely tokens.
         top_p: keep the fewest tokens whose probabilities sum to this.
@@ -125,7 +126,8 @@ def generate(
 
     Raises:
         GenerationError: a prompt is empty, too long for the context or holds an unknown token; drafting is asked of a
-            model without MTP; sampling settings are out of range or contradict the verifier.
+            model without MTP, or more drafts than its scheme can make; sampling settings are out of range or
+            contradict the verifier.
         ValueError: `prompts` is a single string instead of a list.
     """
     if isinstance(prompts, str):
@@ -140,6 +142,12 @@ def generate(
     if draft_length > 0 and model.scheme is None:
         raise GenerationError(
             f"draft_length = {draft_length}, but this model has no MTP depths; use draft_length = 0 (plain decoding)"
+        )
+    longest = None if model.scheme is None else model.scheme.max_draft_length(model.num_depths)
+    if longest is not None and draft_length > longest:
+        raise GenerationError(
+            f"draft_length = {draft_length}, but the {model.mtp_config.scheme} scheme drafts one token per trained "
+            f"depth: at most {longest} with this model"
         )
     if eos_token_id == "auto":
         eos_token_id = None if model.tokenizer is None else model.tokenizer.eos_token_id

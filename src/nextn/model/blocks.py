@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nextn.config import ModelConfig
 from nextn.model.attention import LatentAttention
@@ -13,7 +15,13 @@ from nextn.model.norm import RMSNorm
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)); the feed-forward is dense or a mixture of experts."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); the feed-forward is dense or a mixture of experts.
+
+    With `recompute` set, a training forward keeps only its input, and the backward pass computes the layer again: the
+    same numbers for about a third more time and a fraction of the memory (arXiv 1604.06174).
+    """
+
+    recompute = False
 
     def __init__(self, config: ModelConfig, is_moe: bool):
         super().__init__()
@@ -24,5 +32,10 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Tensor, context: LayerContext, cache: LayerCache | None = None) -> Tensor:
         """[B, M, C] -> [B, M, C]; with a cache, this forward's latents are written to it first."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._run, hidden, context, cache, use_reentrant=False, preserve_rng_state=False)
+        return self._run(hidden, context, cache)
+
+    def _run(self, hidden: Tensor, context: LayerContext, cache: LayerCache | None) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), context, cache)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden), context.token_mask)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden), context.usage)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nextn.alignment import PADDING_DOCUMENT
+from nextn.model.balancing import ExpertUsage
 from nextn.model.rope import RotaryTable
 
 
@@ -18,7 +19,7 @@ class LayerContext:
     Attributes:
         cos, sin: rotary factors of the queries' positions, [B or 1, M, R/2].
         mask: True where a query may look, bool [B or 1, 1, M, S]; None: every earlier position and itself.
-        token_mask: False for padding, bool [B, M]; None: no padding.
+        usage: takes note of which experts the tokens went to; None: nobody asks.
         positions: cache slots to write, int64 [B, M]; None without a cache.
         num_keys: slots 0..num_keys-1 are attended to (S); None without a cache.
     """
@@ -26,17 +27,20 @@ class LayerContext:
     cos: Tensor
     sin: Tensor
     mask: Tensor | None = None
-    token_mask: Tensor | None = None
+    usage: ExpertUsage | None = None
     positions: Tensor | None = None
     num_keys: int | None = None
 
 
-def whole_rows(rotary: RotaryTable, num_positions: int, document_ids: Tensor | None = None) -> LayerContext:
+def whole_rows(
+    rotary: RotaryTable,
+    num_positions: int,
+    document_ids: Tensor | None = None,
+    usage: ExpertUsage | None = None,
+) -> LayerContext:
     """Positions 0..M-1 of rows read at once; documents `document_ids`, int64 [B, M], do not see each other."""
     cos, sin = rotary(num_positions, None)
-    if document_ids is None:
-        return LayerContext(cos, sin)
-    return LayerContext(cos, sin, document_mask(document_ids), document_ids != PADDING_DOCUMENT)
+    return LayerContext(cos, sin, None if document_ids is None else document_mask(document_ids), usage)
 
 
 def cached_rows(rotary: RotaryTable, positions: Tensor, num_keys: int | None = None) -> LayerContext:

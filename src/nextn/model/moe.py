@@ -1,19 +1,20 @@
-"""Mixture of experts with auxiliary-loss-free balancing (DeepSeek-V3, arXiv 2412.19437 section 2.1.2).
+"""Mixture of experts (DeepSeek-V3, arXiv 2412.19437 section 2.1.2).
 
-A token's gate is sigmoid(x . centroid); the choice of experts adds a bias that only balancing moves (eq. 12-16). After
-each optimizer step the bias of an overloaded expert goes down by gamma and that of an underloaded one goes up.
+A token's gate is sigmoid(x . centroid); the choice of experts adds a bias that only balancing moves (eq. 12-16), see
+`nextn.model.balancing`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextn.config import ModelConfig
+from nextn.model.balancing import ExpertUsage
 
 MAX_EXPERTS_DENSE = 16
 """Up to this many experts, a forward of a few tokens runs all of them as one product and gates the unchosen to zero."""
@@ -34,9 +35,23 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """[..., C] -> [..., C]; `token_mask` is for experts' counts only and unused here."""
+    def forward(self, hidden: Tensor, usage: ExpertUsage | None = None) -> Tensor:
+        """[..., C] -> [..., C]; `usage` is for experts only and unused here."""
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class Routing(NamedTuple):
+    """What the router decided about N tokens.
+
+    Attributes:
+        scores: sigmoid affinities without bias, float32 [N, E] (eq. 15).
+        gates: of the chosen experts, from unbiased scores, float32 [N, top_k] (eq. 13).
+        experts: chosen by biased scores, int64 [N, top_k] (eq. 16).
+    """
+
+    scores: Tensor
+    gates: Tensor
+    experts: Tensor
 
 
 class Router(nn.Module):
@@ -51,15 +66,10 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts and gates of each token.
+    def forward(self, hidden: Tensor) -> Routing:
+        """Scores, experts and gates of each token, [N, C].
 
-        Args:
-            hidden: [N, C].
-
-        Returns:
-            Gates float32 [N, top_k] (eq. 13, of unbiased scores) and expert indices int64 [N, top_k] (eq. 16, chosen by
-            biased scores; with groups, only inside the `topk_group` groups whose best two biased scores sum highest).
+        With groups, experts are chosen only inside the `topk_group` groups whose best two biased scores sum highest.
         """
         with torch.autocast(hidden.device.type, enabled=False):
             scores = F.linear(hidden.float(), self.weight.float()).sigmoid()
@@ -74,7 +84,7 @@ class Router(nn.Module):
         gates = scores.gather(1, experts)
         if self.normalise:
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
-        return gates * self.scaling, experts
+        return Routing(scores, gates * self.scaling, experts)
 
 
 class Experts(nn.Module):
@@ -241,13 +251,7 @@ class GroupedLinear(torch.autograd.Function):
 
 
 class MixtureOfExperts(nn.Module):
-    """Shared experts (as one MLP) plus the gated sum of the chosen routed experts; eq. 12.
-
-    While training, `expert_load` [E] counts the (token, choice) pairs each expert received since the last
-    `update_routing_biases`, padding left out.
-    """
-
-    expert_load: Tensor
+    """Shared experts (as one MLP) plus the gated sum of the chosen routed experts; eq. 12."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -258,43 +262,12 @@ class MixtureOfExperts(nn.Module):
             if config.n_shared_experts
             else None
         )
-        load = torch.zeros(config.n_routed_experts, dtype=torch.int64)
-        self.register_buffer("expert_load", load, persistent=False)
 
-    def forward(self, hidden: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """[B, M, C] -> [B, M, C]; `token_mask` bool [B, M] is False for padding, which is not counted as load."""
+    def forward(self, hidden: Tensor, usage: ExpertUsage | None = None) -> Tensor:
+        """[B, M, C] -> [B, M, C]; `usage` takes note of the routing."""
         tokens = hidden.flatten(0, 1)
-        gates, experts = self.gate(tokens)
-        if self.training:
-            counted = experts if token_mask is None else experts[token_mask.flatten()]
-            self.expert_load += torch.bincount(counted.flatten(), minlength=self.experts.num_experts)
-        out = self.experts(tokens, gates, experts).view_as(hidden)
+        routing = self.gate(tokens)
+        if usage is not None:
+            usage.record(self, routing.scores, routing.experts, hidden.shape[0])
+        out = self.experts(tokens, routing.gates, routing.experts).view_as(hidden)
         return out if self.shared_experts is None else out + self.shared_experts(hidden)
-
-
-@torch.no_grad()
-def update_routing_biases(model: nn.Module, speed: float) -> dict[str, Tensor]:
-    """b_e += speed * sign(mean load - load_e) in every mixture of experts, then start counting anew.
-
-    Call once after each optimizer step, when the loads hold the whole global batch (section 2.1.2, "Auxiliary-Loss-Free
-    Load Balancing"). Layers that ran on no token are left as they are.
-
-    Args:
-        model: any module that contains `MixtureOfExperts` layers.
-        speed: gamma; 0 freezes the biases (the loads are still returned and reset).
-
-    Returns:
-        Loads by layer name, int64 [E].
-
-    Example: loads (3, 1, 2), gamma 0.001: the mean is 2, the biases move by (-0.001, +0.001, 0).
-    """
-    loads = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, MixtureOfExperts):
-            load = layer.expert_load.clone()
-            layer.expert_load.zero_()
-            if load.any():
-                loads[name] = load
-                if speed:
-                    layer.gate.e_score_correction_bias += speed * torch.sign(load.float().mean() - load)
-    return loads

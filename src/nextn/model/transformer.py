@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nextn.config import ModelConfig
 from nextn.model.attention import LatentAttention
+from nextn.model.balancing import ExpertUsage
 from nextn.model.blocks import DecoderLayer
 from nextn.model.cache import Cache
 from nextn.model.context import LayerContext, cached_rows, whole_rows
@@ -54,9 +55,11 @@ class Transformer(nn.Module):
         """int64 [B, M] -> [B, M, C]."""
         return F.embedding(token_ids, self.model.embed_tokens.weight)
 
-    def context(self, num_positions: int, document_ids: Tensor | None = None) -> LayerContext:
+    def context(
+        self, num_positions: int, document_ids: Tensor | None = None, usage: ExpertUsage | None = None
+    ) -> LayerContext:
         """For whole rows of M positions; see `whole_rows`."""
-        return whole_rows(self.rotary, num_positions, document_ids)
+        return whole_rows(self.rotary, num_positions, document_ids, usage)
 
     def cached_context(self, positions: Tensor, num_keys: int | None = None) -> LayerContext:
         """For positions int64 [B, M] after cached ones; see `cached_rows`."""
@@ -78,13 +81,15 @@ class Transformer(nn.Module):
             hidden = layer(hidden, context, None if cache is None else cache.layers[index])
         return hidden
 
-    def final_norm(self, hidden: Tensor) -> Tensor:
+    @property
+    def final_norm(self) -> RMSNorm:
         """The norm before the output head, [..., C] -> [..., C]."""
-        return self.model.norm(hidden)
+        return self.model.norm
 
-    def output_head(self, hidden: Tensor) -> Tensor:
+    @property
+    def output_head(self) -> nn.Linear:
         """Logits of normed states, [..., C] -> [..., V]."""
-        return self.lm_head(hidden)
+        return self.lm_head
 
     def forward(self, token_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Next-token logits: int64 [B, T] -> [B, T, V]."""
@@ -97,9 +102,10 @@ class Transformer(nn.Module):
         num_layers = self.num_layers if num_layers is None else num_layers
         return Cache.allocate(num_layers, num_rows, capacity, self.config.latent_dim, weight.dtype, weight.device)
 
-    def new_block(self) -> DecoderLayer:
-        """A fresh layer like the trunk's last one."""
-        return DecoderLayer(self.config, self.config.is_moe_layer(self.config.num_hidden_layers - 1))
+    def new_block(self, dense: bool = False) -> DecoderLayer:
+        """A fresh layer like the trunk's last one, or one with a dense feed-forward."""
+        is_moe = not dense and self.config.is_moe_layer(self.config.num_hidden_layers - 1)
+        return DecoderLayer(self.config, is_moe)
 
     def new_norm(self) -> RMSNorm:
         """A fresh norm of the trunk's width."""

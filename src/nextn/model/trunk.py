@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from nextn.model.balancing import ExpertUsage
 from nextn.model.cache import Cache
 from nextn.model.context import LayerContext
 
@@ -32,8 +33,13 @@ class Trunk(Protocol):
         """int64 [B, M] -> [B, M, C]."""
         ...
 
-    def context(self, num_positions: int, document_ids: Tensor | None = None) -> LayerContext:
-        """What the layers share in a forward over whole rows of M positions; documents int64 [B, M] stay apart."""
+    def context(
+        self, num_positions: int, document_ids: Tensor | None = None, usage: ExpertUsage | None = None
+    ) -> LayerContext:
+        """What the layers share in a forward over whole rows of M positions; documents int64 [B, M] stay apart.
+
+        `usage` takes note of where experts' tokens went; a trunk without experts leaves it empty.
+        """
         ...
 
     def cached_context(self, positions: Tensor, num_keys: int | None = None) -> LayerContext:
@@ -46,11 +52,13 @@ class Trunk(Protocol):
         """State after the last layer, before the final norm: int64 [B, M] -> [B, M, C]; no context: whole rows."""
         ...
 
-    def final_norm(self, hidden: Tensor) -> Tensor:
+    @property
+    def final_norm(self) -> nn.Module:
         """The norm before the output head, [..., C] -> [..., C]."""
         ...
 
-    def output_head(self, hidden: Tensor) -> Tensor:
+    @property
+    def output_head(self) -> nn.Linear:
         """Logits of normed states, [..., C] -> [..., V]."""
         ...
 
@@ -58,8 +66,11 @@ class Trunk(Protocol):
         """An empty cache for `num_layers` blocks (None: the trunk's own layers)."""
         ...
 
-    def new_block(self) -> nn.Module:
-        """A fresh layer like the trunk's last one, called as block(hidden [B, M, C], context, layer_cache or None)."""
+    def new_block(self, dense: bool = False) -> nn.Module:
+        """A fresh layer like the trunk's last one, called as block(hidden [B, M, C], context, layer_cache or None).
+
+        With `dense`, it has a plain feed-forward even where the trunk's has experts.
+        """
         ...
 
     def new_norm(self) -> nn.Module:

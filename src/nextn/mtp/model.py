@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from nextn.alignment import align, count_labels
-from nextn.config import ModelConfig, MTPConfig, ObjectiveConfig
-from nextn.model import Transformer, Trunk
+from nextn.alignment import PADDING_DOCUMENT, DepthAlignment, align
+from nextn.config import DetachConfig, ModelConfig, MTPConfig, ObjectiveConfig
+from nextn.model import LayerContext, Transformer
+from nextn.model.balancing import ExpertUsage
 from nextn.model.blocks import DecoderLayer
-from nextn.mtp.scheme import Scheme
-from nextn.mtp.sequential import Sequential
-from nextn.objective import denominators as default_denominators
-from nextn.objective import depth_weights as default_depth_weights
-from nextn.objective import summed_cross_entropy, total_loss
+from nextn.mtp.registry import check_scheme, scheme_class
+from nextn.mtp.routing import NO_DETACH
+from nextn.mtp.scheme import ContextFactory, Scheme
+from nextn.objective import (
+    BatchTotals,
+    HeadInput,
+    StepObjective,
+    batch_totals,
+    chunked_losses,
+    depth_weights,
+    summed_cross_entropy,
+    total_loss,
+)
 
 if TYPE_CHECKING:
     from nextn.data import Tokenizer
-
-
-SCHEMES: dict[str, Callable[[Trunk, MTPConfig], Scheme]] = {"sequential": Sequential}
-"""Schemes by their name in `mtp.scheme`."""
 
 
 @dataclass(frozen=True)
@@ -32,31 +36,41 @@ class MTPOutput:
     """What one forward computed.
 
     Attributes:
-        loss: main + sum over k of weight_k * L_k, scalar in nats.
+        loss: main + sum over k of weight_k * L_k + alpha * balance_loss, scalar in nats.
         loss_per_depth: L_0..L_K in nats, float32 [K+1], detached; NaN for a depth that was not computed.
-        logits_per_depth: depth k's logits [B, T-k, V], one entry per computed depth, depth 0 first.
+        logits_per_depth: depth k's logits [B, T-k, V], one entry per computed depth, depth 0 first; None when the loss
+            was computed in chunks, which never holds them.
+        balance_loss: sequence-wise balance loss, mean over rows, summed over layers with experts, scalar; 0 in
+            evaluation and where its factor is 0. Detached.
+        expert_loads: tokens each expert received in this forward, int64 [E], by name of the layer; in training only.
     """
 
     loss: Tensor
     loss_per_depth: Tensor
-    logits_per_depth: tuple[Tensor, ...]
+    logits_per_depth: tuple[Tensor, ...] | None
+    balance_loss: Tensor
+    expert_loads: dict[str, Tensor]
 
     @property
-    def logits(self) -> Tensor:
-        """Next-token logits, [B, T, V]."""
-        return self.logits_per_depth[0]
+    def logits(self) -> Tensor | None:
+        """Next-token logits, [B, T, V]; None after a chunked loss."""
+        return None if self.logits_per_depth is None else self.logits_per_depth[0]
 
 
 class MTPModel(nn.Module):
-    """Trunk and scheme. `scheme` is None iff K = 0, which is a plain language model."""
+    """Trunk and scheme. `scheme` is None iff K = 0, which is a plain language model.
+
+    Raises ConfigError for an unknown scheme, or a setting that it does not read.
+    """
 
     def __init__(self, config: ModelConfig, mtp_config: MTPConfig):
         super().__init__()
+        check_scheme(mtp_config)
         self.config, self.mtp_config = config, mtp_config
         self.trunk = Transformer(config)
         self.scheme: Scheme | None = None
         if mtp_config.num_depths:
-            self.scheme = SCHEMES[mtp_config.scheme](self.trunk, mtp_config)
+            self.scheme = scheme_class(mtp_config)(self.trunk, mtp_config)
         self.tokenizer: Tokenizer | None = None
 
     def initialize(self, seed: int) -> MTPModel:
@@ -77,10 +91,12 @@ class MTPModel(nn.Module):
         input_ids: Tensor,
         labels: Tensor | None = None,
         document_ids: Tensor | None = None,
-        depth_weights: Sequence[float] | None = None,
-        denominators: Tensor | None = None,
+        *,
+        label_weights: Tensor | None = None,
+        objective: StepObjective | None = None,
+        totals: BatchTotals | None = None,
     ) -> MTPOutput:
-        """Logits and losses of depths 0..K.
+        """Losses of depths 0..K, and their logits unless the objective works in chunks.
 
         In training mode the chain stops at the deepest depth with a weight, so that weight 0 costs nothing and changes
         nothing; in evaluation mode every depth is computed.
@@ -89,40 +105,129 @@ class MTPModel(nn.Module):
             input_ids: int64 [B, T].
             labels: int64 [B, T], unshifted, `-100` not counted; None: `input_ids` themselves.
             document_ids: int64 [B, T], documents packed into a row; `-1` is padding.
-            depth_weights: K weights of L_1..L_K; None: 0.3 / K each.
-            denominators: what each depth's summed loss is divided by, [K+1]; None: this batch's valid labels. Pass
-                those of the whole global batch when this is one of its micro-batches.
+            label_weights: importance of each token as a label of depths 1..K, float32 [B, T], unshifted; None: equal.
+            objective: weights of the depths and more; None: lambda = 0.3 averaged over depths, logits kept.
+            totals: what losses are divided by; None: taken from this batch. Pass those of the whole global batch when
+                this is one of its micro-batches.
         """
-        weights = default_depth_weights(ObjectiveConfig(), self.num_depths) if depth_weights is None else depth_weights
+        if objective is None:
+            objective = StepObjective(depth_weights(ObjectiveConfig(), self.num_depths))
+        weights = objective.depth_weights
         if len(weights) != self.num_depths:
             raise ValueError(f"depth_weights has {len(weights)} values, the model has {self.num_depths} depths")
-        if denominators is None:
-            counts = count_labels(input_ids, self.num_depths, labels, document_ids)
-            denominators = default_denominators(ObjectiveConfig(), counts)
+        if totals is None:
+            totals = batch_totals(
+                objective.denominator, self.num_depths, input_ids, labels, document_ids, label_weights
+            )
         num_computed = self.num_depths
         if self.training:
             num_computed = max((depth for depth, weight in enumerate(weights, start=1) if weight), default=0)
 
-        hidden = self.trunk.hidden_states(input_ids, self.trunk.context(input_ids.shape[1], document_ids))
-        logits = [self.trunk.output_head(self.trunk.final_norm(hidden))]
-        if self.scheme is not None and num_computed:
-            head_inputs = self.scheme(self.trunk, hidden, input_ids, document_ids, num_computed)
-            logits += [self.scheme.logits(self.trunk, depth, x) for depth, x in enumerate(head_inputs, start=1)]
+        usages: list[ExpertUsage] = []
 
-        losses = [
-            summed_cross_entropy(depth_logits, align(input_ids, depth, labels, document_ids).labels)
-            / denominators[depth]
-            for depth, depth_logits in enumerate(logits)
-        ]
-        absent: list[Tensor | None] = [None] * (self.num_depths - num_computed)
-        loss_per_depth = denominators.new_full((self.num_depths + 1,), float("nan"))
-        loss_per_depth[: num_computed + 1] = torch.stack([loss.detach() for loss in losses])
-        return MTPOutput(total_loss(losses[0], [*losses[1:], *absent], weights), loss_per_depth, tuple(logits))
+        def new_context(num_positions: int, documents: Tensor | None) -> LayerContext:
+            usage = None
+            if self.training:
+                mask = None if documents is None else documents != PADDING_DOCUMENT
+                usages.append(usage := ExpertUsage(mask, objective.balance_alpha > 0))
+            return self.trunk.context(num_positions, documents, usage)
+
+        inputs = self.head_inputs(input_ids, document_ids, num_computed, objective.detach, new_context)
+        aligned = [align(input_ids, depth, labels, document_ids) for depth in range(num_computed + 1)]
+        loss, losses, logits = _losses(inputs, aligned, label_weights, totals.denominators, objective)
+        balance = torch.zeros((), device=loss.device)
+        if balances := [balance for usage in usages for balance in usage.balances.values()]:
+            balance = torch.stack(balances).sum() / totals.num_rows
+            loss = loss + objective.balance_alpha * balance
+        loss_per_depth = losses.new_full((self.num_depths + 1,), float("nan"))
+        loss_per_depth[: num_computed + 1] = losses
+        return MTPOutput(loss, loss_per_depth, logits, balance.detach(), self._loads(usages))
+
+    def head_inputs(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor | None = None,
+        num_depths: int | None = None,
+        detach: DetachConfig = NO_DETACH,
+        new_context: ContextFactory | None = None,
+    ) -> list[HeadInput]:
+        """What the output heads of depths 0..num_depths (None: K) read, and the heads; arguments as of `forward`."""
+        num_depths = self.num_depths if num_depths is None else num_depths
+        trunk, new_context = self.trunk, new_context or self.trunk.context
+        hidden = trunk.hidden_states(input_ids, new_context(input_ids.shape[1], document_ids))
+        inputs = [HeadInput(trunk.final_norm(hidden), trunk.output_head.weight, trunk.output_head.bias)]
+        if self.scheme is None or num_depths == 0:
+            return inputs
+        states = self.scheme(trunk, hidden, input_ids, document_ids, num_depths, detach, new_context)
+        constant = [parameter.detach() for parameter in trunk.output_head.parameters()] if detach.head else None
+        for depth, state in enumerate(states, start=1):
+            head = self.scheme.head(trunk, depth)
+            if constant and head is trunk.output_head:
+                inputs.append(HeadInput(state, *constant))
+            else:
+                inputs.append(HeadInput(state, head.weight, head.bias))
+        return inputs
+
+    def layer_names(self) -> dict[nn.Module, str]:
+        """The name of every module, for what is recorded by module."""
+        return {module: name for name, module in self.named_modules()}
+
+    def _loads(self, usages: list[ExpertUsage]) -> dict[str, Tensor]:
+        """Loads of all contexts together: a module used at several depths has one."""
+        names = self.layer_names() if usages else {}
+        loads: dict[str, Tensor] = {}
+        for usage in usages:
+            for layer, load in usage.loads.items():
+                name = names[layer]
+                loads[name] = loads[name] + load if name in loads else load
+        return loads
 
     def compile_layers(self) -> None:
         """Compile every transformer layer in place; layers of one kind share one compilation."""
-        modules = [self.trunk] if self.scheme is None else [self.trunk, self.scheme]
-        for module in modules:
-            for layer in module.modules():
-                if isinstance(layer, DecoderLayer):
-                    layer.compile()
+        for layer in self._layers():
+            layer.compile()
+
+    def recompute_layers(self) -> None:
+        """From now on keep only each layer's input for the backward pass, and compute the layer again there."""
+        for layer in self._layers():
+            layer.recompute = True
+
+    def _layers(self) -> list[DecoderLayer]:
+        return [module for module in self.modules() if isinstance(module, DecoderLayer)]
+
+
+def _losses(
+    inputs: list[HeadInput],
+    aligned: list[DepthAlignment],
+    label_weights: Tensor | None,
+    denominators: Tensor,
+    objective: StepObjective,
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None]:
+    """Total, L_0.. of the computed depths (detached), and the logits if they were held."""
+    num_computed = len(inputs) - 1
+    weights = [None] + [
+        None if label_weights is None else depth_alignment.at_labels(label_weights) for depth_alignment in aligned[1:]
+    ]
+    if objective.chunk_size is not None:
+        coefficients = [
+            (depth_alignment.valid.float() if weight is None else weight) / denominator
+            for depth_alignment, weight, denominator in zip(aligned, weights, denominators, strict=False)
+        ]
+        total, losses = chunked_losses(
+            inputs,
+            [depth_alignment.labels for depth_alignment in aligned],
+            coefficients,
+            (1.0, *objective.depth_weights[:num_computed]),
+            objective.chunk_size,
+        )
+        return total, losses, None
+    logits = [head_input.logits() for head_input in inputs]
+    depth_losses = [
+        summed_cross_entropy(depth_logits, depth_alignment.labels, weight) / denominator
+        for depth_logits, depth_alignment, weight, denominator in zip(
+            logits, aligned, weights, denominators, strict=False
+        )
+    ]
+    absent = [None] * (len(objective.depth_weights) - num_computed)
+    total = total_loss(depth_losses[0], [*depth_losses[1:], *absent], objective.depth_weights)
+    return total, torch.stack([loss.detach() for loss in depth_losses]), tuple(logits)

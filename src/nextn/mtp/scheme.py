@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from nextn.alignment import align
-from nextn.config import ModelConfig
+from nextn.alignment import align, num_final_positions
+from nextn.config import DetachConfig, ModelConfig, MTPConfig
 from nextn.model import Cache, LayerContext, Trunk
+from nextn.mtp.routing import NO_DETACH, routed
+
+ContextFactory = Callable[[int, Tensor | None], LayerContext]
+"""From a number of positions and their documents (int64 [B, M] or None) to what the layers of one depth share."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +23,8 @@ class DepthState:
     """What one depth computed at each position.
 
     Attributes:
-        carry: h[k], which depth k+1 reads, [B, M, C].
+        carry: what depth k+1 reads, [B, M, C]: h[k] in a chain, the trunk's own state where depths do not build on
+            each other.
         head_input: what depth k's output head reads (normed), [B, M, C].
     """
 
@@ -28,15 +35,32 @@ class DepthState:
 class Scheme(nn.Module, abc.ABC):
     """Extra depths on a trunk. The trunk is passed in, never owned: embedding and head stay one storage.
 
-    Depths are 1-based. A depth beyond the trained ones reuses the last module.
+    Depths are 1-based. `docs/adding_a_scheme.md` builds one from scratch.
     """
 
-    num_depths: int
-    """K: depths trained."""
+    reads: ClassVar[frozenset[str]]
+    """Fields of `MTPConfig` that the scheme reads, beside `scheme` and `num_depths`."""
 
-    @abc.abstractmethod
+    embeds_tokens: ClassVar[bool]
+    """Depth k reads the embedding of t[i+k]; so drafts of one cycle build on each other."""
+
+    is_chain: ClassVar[bool]
+    """Depth k+1 reads what depth k computed; so the last module can be used again beyond the trained depths."""
+
+    def __init__(self, trunk: Trunk, config: MTPConfig):
+        super().__init__()
+        self.config = config
+        self.num_depths = config.num_depths
+        """K: depths trained."""
+
+    @classmethod
+    def max_draft_length(cls, num_depths: int) -> int | None:
+        """Most tokens drafted in a cycle with K depths; None: any number, since a chain can go on."""
+        return None if cls.is_chain else num_depths
+
     def trunk_state(self, trunk: Trunk, hidden: Tensor) -> Tensor:
-        """h[0] from the trunk's state before its final norm, [B, M, C] -> [B, M, C]."""
+        """h[0] from the trunk's state before its final norm, [B, M, C] -> [B, M, C], as `trunk_hidden` says."""
+        return trunk.final_norm(hidden) if self.config.trunk_hidden == "post_norm" else hidden
 
     @abc.abstractmethod
     def step(
@@ -53,26 +77,45 @@ class Scheme(nn.Module, abc.ABC):
         Args:
             trunk: the model whose embedding, norm and head are shared.
             depth: k >= 1.
-            hidden: h[k-1] at these positions, [B, M, C].
+            hidden: what depth k-1 carried at these positions (for k = 1: h[0]), [B, M, C].
             embedded_ids: t[i+k] for each position i, int64 [B, M].
             context: of the positions i, from the trunk's `context` or, with a cache, `cached_context`.
             cache: from `new_cache`; slot i holds position i.
         """
 
-    @abc.abstractmethod
-    def logits(self, trunk: Trunk, depth: int, head_input: Tensor) -> Tensor:
-        """Logits of t[i+k+1]: [B, M, C] -> [B, M, V]."""
+    def head(self, trunk: Trunk, depth: int) -> nn.Linear:
+        """The output head of depth k, [..., C] -> [..., V]: the trunk's, unless the scheme has its own."""
+        return trunk.output_head
 
     @abc.abstractmethod
+    def depth_flops(self, config: ModelConfig, depth: int, sequence_length: int) -> float:
+        """Forward FLOPs of depth k at one position, head included, in a row of `sequence_length` tokens."""
+
+    @abc.abstractmethod
+    def num_cache_layers(self, draft_length: int) -> int:
+        """Cached layers that drafting `draft_length` depths needs."""
+
     def flops_per_token(self, config: ModelConfig, sequence_length: int) -> float:
-        """Forward FLOPs of all trained depths, heads included, per token of a row of `sequence_length` tokens."""
+        """Forward FLOPs of all K depths per token of a row of T tokens: depth k has T-k positions."""
+        totals = (
+            self.depth_flops(config, depth, sequence_length) * num_final_positions(sequence_length, depth)
+            for depth in range(1, self.num_depths + 1)
+        )
+        return sum(totals) / sequence_length
 
-    @abc.abstractmethod
     def new_cache(self, trunk: Trunk, num_rows: int, capacity: int, draft_length: int) -> Cache:
-        """Empty cache for drafting `draft_length` depths."""
+        """Empty cache for drafting `draft_length` depths in rows of at most `capacity` tokens."""
+        return trunk.new_cache(num_rows, capacity, num_layers=self.num_cache_layers(draft_length))
 
     def forward(
-        self, trunk: Trunk, hidden: Tensor, input_ids: Tensor, document_ids: Tensor | None, num_depths: int
+        self,
+        trunk: Trunk,
+        hidden: Tensor,
+        input_ids: Tensor,
+        document_ids: Tensor | None,
+        num_depths: int,
+        detach: DetachConfig = NO_DETACH,
+        new_context: ContextFactory | None = None,
     ) -> list[Tensor]:
         """Head inputs of depths 1..num_depths over whole rows, for training and evaluation.
 
@@ -82,17 +125,23 @@ class Scheme(nn.Module, abc.ABC):
             input_ids: int64 [B, T].
             document_ids: int64 [B, T] or None.
             num_depths: how many depths to compute, at most K.
+            detach: where gradients stop.
+            new_context: called once per depth; None: the trunk's `context`.
 
         Returns:
             For each depth k, [B, T-k, C] (see `nextn.alignment`).
         """
         head_inputs = []
+        new_context = new_context or trunk.context
         carry = self.trunk_state(trunk, hidden)
+        if detach.trunk:
+            carry = carry.detach()
+        trunk = routed(trunk, detach)
         for depth in range(1, num_depths + 1):
             aligned = align(input_ids, depth)
             documents = None if document_ids is None else aligned.documents(document_ids)
-            context = trunk.context(aligned.num_positions, documents)
+            context = new_context(aligned.num_positions, documents)
             state = self.step(trunk, depth, aligned.cut(carry), aligned.embedded_ids, context)
             head_inputs.append(state.head_input)
-            carry = state.carry
+            carry = state.carry.detach() if detach.between_depths else state.carry
         return head_inputs

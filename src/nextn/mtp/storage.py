@@ -3,8 +3,11 @@
     model.layers.{0..L-1}.*     the trunk's layers, experts one by one (`mlp.experts.3.gate_proj.weight`)
     model.layers.{L..}.*        MTP modules: enorm, hnorm, eh_proj, shared_head.norm, and the block's own names
 
+That is the sequential scheme, which is what was released and what engines serve. The modules of other schemes are
+stored under `mtp.`, with `num_nextn_predict_layers` = 0, so that no engine takes them for what they are not.
+
 Embedding and output head are stored once; the modules share them. `config.json` has DeepseekV3Config's fields, the
-number of stored modules as `num_nextn_predict_layers`, and nextn's settings under the key `nextn`.
+number of modules in the released layout as `num_nextn_predict_layers`, and nextn's settings under the key `nextn`.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from nextn.data.tokenizers import load_tokenizer
 from nextn.errors import CheckpointError, ConfigError, DeviceError
 from nextn.model.device import resolve_device
 from nextn.mtp.model import MTPModel
+from nextn.mtp.sequential import Sequential
 from nextn.tables import from_table, to_table
 
 WEIGHTS_FILE = "model.safetensors"
@@ -36,7 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def save_model(model: MTPModel, folder: Path) -> None:
     """Write the model, and its tokenizer if it has one, into an existing folder (see `checkpoint.atomic_folder`)."""
     state = {name: tensor for name, tensor in model.state_dict().items() if not _is_alias(name, model.config)}
-    write_tensors(folder / WEIGHTS_FILE, to_released_names(state, model.config))
+    write_tensors(folder / WEIGHTS_FILE, to_released_names(state, model.config, model.mtp_config))
     write_json(folder / CONFIG_FILE, config_table(model))
     if model.tokenizer is not None:
         model.tokenizer.save(folder)
@@ -63,7 +67,10 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
         found = f"only pickle files ({', '.join(pickles)}), which are refused" if pickles else "none"
         raise CheckpointError(f"{folder} should hold weights as {WEIGHTS_FILE}; found {found}")
     config, mtp_config = read_config(folder)
-    model = MTPModel(config, mtp_config)
+    try:
+        model = MTPModel(config, mtp_config)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} does not describe a model: {error}") from None
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[dtype])
     state = from_released_names(read_tensors(folder / WEIGHTS_FILE), config, folder)
@@ -71,7 +78,13 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
     model.load_state_dict(state, strict=False)
     model.to(target)
     if (folder / "tokenizer.json").exists():
-        model.tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise CheckpointError(
+                f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens and the model knows {config.vocab_size}; "
+                "put the tokenizer beside it that it was trained with"
+            )
+        model.tokenizer = tokenizer
     return model.eval()
 
 
@@ -83,6 +96,8 @@ def find_checkpoint(path: str | Path) -> Path:
     folder = Path(path)
     if (folder / CONFIG_FILE).exists():
         return folder
+    if not folder.exists():
+        raise CheckpointError(f"{folder} does not exist; name a checkpoint or the folder of a run")
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
         raise CheckpointError(f"{folder} is neither a checkpoint (no {CONFIG_FILE}) nor a run with checkpoints")
@@ -96,7 +111,7 @@ def config_table(model: MTPModel) -> dict[str, Any]:
     table["rope_parameters"] = {key: value for key, value in table["rope_parameters"].items() if value is not None}
     table |= {
         "num_key_value_heads": model.config.num_attention_heads,
-        "num_nextn_predict_layers": model.mtp_config.num_modules,
+        "num_nextn_predict_layers": _num_released_modules(model),
         **FIXED_FIELDS,
         "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "bos_token_id": None,
@@ -130,16 +145,21 @@ def read_config(folder: Path) -> tuple[ModelConfig, MTPConfig]:
 
 # ------------------------------------------------------------------------------------------------ names of the weights
 
+RELEASED_SCHEME = "sequential"
+"""The scheme of DeepSeek's released weights, whose layout it is stored in."""
+
 _MTP_LAYER = re.compile(r"scheme\.layers\.(\d+)\.(?:block\.)?(.+)")
 _MTP_OWN = ("enorm.", "hnorm.", "eh_proj.", "shared_head.")
 
 
-def to_released_names(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def to_released_names(state: Mapping[str, Tensor], config: ModelConfig, mtp_config: MTPConfig) -> dict[str, Tensor]:
     """State dict -> released names: MTP modules become layers L, L+1, ..., stacked experts become single ones."""
     released = {}
     for name, tensor in state.items():
-        if match := _MTP_LAYER.fullmatch(name):
+        if mtp_config.scheme == RELEASED_SCHEME and (match := _MTP_LAYER.fullmatch(name)):
             name = f"model.layers.{config.num_hidden_layers + int(match[1])}.{match[2]}"
+        elif name.startswith("scheme."):
+            name = f"mtp.{name.removeprefix('scheme.')}"
         name = name.removeprefix("trunk.")
         prefix, stacked, kind = name.rpartition(".experts.")
         if not stacked:
@@ -164,6 +184,8 @@ def from_released_names(released: Mapping[str, Tensor], config: ModelConfig, fol
         if match and int(match[1]) >= config.num_hidden_layers:
             inside = match[2] if match[2].startswith(_MTP_OWN) else f"block.{match[2]}"
             name = f"scheme.layers.{int(match[1]) - config.num_hidden_layers}.{inside}"
+        elif name.startswith("mtp."):
+            name = f"scheme.{name.removeprefix('mtp.')}"
         else:
             name = f"trunk.{name}"
         if expert := re.fullmatch(r"(.+\.mlp\.experts)\.(\d+)\.(\w+)\.weight", name):
@@ -182,6 +204,11 @@ def from_released_names(released: Mapping[str, Tensor], config: ModelConfig, fol
         if parts:
             raise CheckpointError(f"{folder}: {prefix} holds more than the {config.n_routed_experts} experts declared")
     return state
+
+
+def _num_released_modules(model: MTPModel) -> int:
+    """Modules stored in the released layout: all of a chain, none of another scheme."""
+    return len(model.scheme.layers) if isinstance(model.scheme, Sequential) else 0
 
 
 def _is_alias(name: str, config: ModelConfig) -> bool:

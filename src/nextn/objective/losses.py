@@ -11,12 +11,13 @@ from torch import Tensor
 from nextn.alignment import IGNORED
 
 
-def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over counted labels of -log softmax(logits)[label], in nats.
+def summed_cross_entropy(logits: Tensor, labels: Tensor, label_weights: Tensor | None = None) -> Tensor:
+    """Sum over counted labels of -log softmax(logits)[label], in nats, each times its weight if there are any.
 
     Args:
         logits: [B, M, V], any float dtype; computed in float32 or better.
         labels: int64 [B, M], `IGNORED` is not counted.
+        label_weights: float [B, M]; None: 1 each.
 
     Returns:
         A scalar; exactly 0, with zero gradients, when no label counts.
@@ -25,7 +26,11 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     True
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    flat_logits, flat_labels = logits.flatten(0, -2), labels.flatten()
+    if label_weights is None:
+        return F.cross_entropy(flat_logits, flat_labels, ignore_index=IGNORED, reduction="sum")
+    losses = F.cross_entropy(flat_logits, flat_labels, ignore_index=IGNORED, reduction="none")
+    return (losses * label_weights.flatten()).sum()
 
 
 def total_loss(main_loss: Tensor, depth_losses: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor:

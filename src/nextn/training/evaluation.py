@@ -18,6 +18,10 @@ from nextn.alignment import align, count_labels, of_same_token
 from nextn.data import Batch
 from nextn.errors import DataError
 from nextn.mtp import MTPModel
+from nextn.objective import HeadInput, chunked_predictions
+
+CHUNK_SIZE = 1024
+"""Positions whose logits are held at once."""
 
 
 @dataclass(frozen=True)
@@ -58,35 +62,37 @@ class TeacherForcedEvaluation:
 
 @dataclass(frozen=True)
 class DepthCounts:
-    """Correct and agreeing predictions among a depth's labels, int64 scalars."""
+    """What one depth's predictions came to over its labels: nats (float64) and int64 counts, scalars."""
 
+    nats: Tensor
     num_correct: Tensor
     num_agreeing: Tensor
 
 
 def count_predictions(
-    logits_per_depth: Sequence[Tensor], input_ids: Tensor, document_ids: Tensor | None = None
+    head_inputs: Sequence[HeadInput], input_ids: Tensor, document_ids: Tensor | None = None
 ) -> list[DepthCounts]:
-    """How many of each depth's labels its argmax hits, and how often it agrees with the trunk about the same token.
+    """Each depth's cross-entropy, how many labels its argmax hits, and how often it agrees with the trunk's.
 
     At position i, depth k and the trunk's position i+k predict the same token t[i+k+1] (`nextn.alignment`), the trunk
     having read one true token more per depth.
 
     Args:
-        logits_per_depth: of depths 0..K, depth k [B, T-k, V].
+        head_inputs: of depths 0..K, depth k [B, T-k, C].
         input_ids: int64 [B, T].
         document_ids: int64 [B, T], or None: one document a row.
 
     Returns:
         K+1 counts; depth 0 agrees with itself everywhere.
     """
-    trunk_choice = logits_per_depth[0].argmax(-1)
-    counts = []
-    for depth, logits in enumerate(logits_per_depth):
+    counts: list[DepthCounts] = []
+    trunk_choice = input_ids
+    for depth, head_input in enumerate(head_inputs):
         aligned = align(input_ids, depth, document_ids=document_ids)
-        choice = logits.argmax(-1)
+        nats, choice = chunked_predictions(head_input, aligned.labels, CHUNK_SIZE)
+        trunk_choice = choice if depth == 0 else trunk_choice
         agreeing = (choice == of_same_token(trunk_choice, depth)) & aligned.valid
-        counts.append(DepthCounts((choice == aligned.labels).sum(), agreeing.sum()))
+        counts.append(DepthCounts(nats.double().sum(), (choice == aligned.labels).sum(), agreeing.sum()))
     return counts
 
 
@@ -121,7 +127,7 @@ def evaluate_teacher_forced(
             "for the deepest; lower mtp.num_depths or give longer documents"
         )
     step = rows_per_forward or input_ids.shape[0]
-    loss = torch.zeros(num_depths + 1, dtype=torch.float64, device=input_ids.device)
+    nats = torch.zeros(num_depths + 1, dtype=torch.float64, device=input_ids.device)
     num_correct = torch.zeros(num_depths + 1, dtype=torch.int64, device=input_ids.device)
     num_agreeing = torch.zeros_like(num_correct)
     was_training = model.training
@@ -130,17 +136,16 @@ def evaluate_teacher_forced(
         for first in range(0, input_ids.shape[0], step):
             ids = input_ids[first : first + step]
             documents = None if document_ids is None else document_ids[first : first + step]
-            output = model(ids, document_ids=documents, denominators=num_labels.float())
-            counts = count_predictions(output.logits_per_depth, ids, documents)
-            loss += output.loss_per_depth
+            counts = count_predictions(model.head_inputs(ids, documents), ids, documents)
+            nats += torch.stack([count.nats for count in counts])
             num_correct += torch.stack([count.num_correct for count in counts])
             num_agreeing += torch.stack([count.num_agreeing for count in counts])
     finally:
         model.train(was_training)
-    nats = tuple(loss.tolist())
+    losses = tuple((nats / num_labels).tolist())
     return TeacherForcedEvaluation(
-        loss_per_depth=nats,
-        bits_per_byte_per_depth=tuple(value / math.log(2) / bytes_per_token for value in nats),
+        loss_per_depth=losses,
+        bits_per_byte_per_depth=tuple(loss / math.log(2) / bytes_per_token for loss in losses),
         teacher_forced_accuracy=tuple((num_correct / num_labels).tolist()),
         main_agreement=tuple((num_agreeing / num_labels)[1:].tolist()),
         num_labels=tuple(num_labels.tolist()),

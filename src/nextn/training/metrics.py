@@ -1,16 +1,18 @@
 """metrics.jsonl: what happened in a run, one JSON object a line, written as it happens.
 
-    {"kind": "train", "step", "num_tokens", "loss", "loss_per_depth": [K+1], "depth_weights": [K], "learning_rate",
-     "grad_norm", "tok_per_s", "training_s", "elapsed_s", "expert_load_max_over_mean"}
+    {"kind": "train", "step", "num_tokens", "loss", "loss_per_depth": [K+1], "depth_weights": [K], "balance_loss",
+     "learning_rate", "grad_norm", "tok_per_s", "training_s", "elapsed_s", "expert_load_max_over_mean": {layer: ratio}}
     {"kind": "evaluation", "step", "num_tokens", "loss_per_depth": [K+1], "bits_per_byte_per_depth": [K+1],
      "teacher_forced_accuracy": [K+1], "main_agreement": [K], "num_labels": [K+1], "training_s", "elapsed_s",
-     "decoding": {...}}
+     "expert_load": {layer: [E]}, "decoding": {...}}
 
 `step` counts finished optimizer steps and `num_tokens` the tokens they read; losses are in nats per label, numbers keep
 all their digits. `loss` is the total that was minimised. The loss of a depth that weighed 0 and was not computed is
 null. `training_s` are the seconds in steps so far, `elapsed_s` those since the start, evaluations and checkpoints
-included; `tok_per_s` is the rate of the steps since the previous train line. `expert_load_max_over_mean` is that of the
-worst layer in that step, null without experts. `decoding` is there when decoding was asked for.
+included; `tok_per_s` is the rate of the steps since the previous train line. `balance_loss` is the sequence-wise one
+before its factor alpha, summed over layers. `expert_load` is each expert's share of the last step's tokens, and
+`expert_load_max_over_mean` the busiest expert's load relative to the mean, by name of the layer (those of the trunk
+begin with `trunk.`, those of MTP modules with `scheme.`). `decoding` is there when decoding was asked for.
 """
 
 from __future__ import annotations
@@ -100,6 +102,8 @@ def _scalars(record: dict[str, Any]) -> list[tuple[str, float]]:
             scalars.append((name, float(value)))
         elif isinstance(value, list):
             scalars += [(f"{name}/{index}", float(item)) for index, item in enumerate(value) if item is not None]
+        elif key == "expert_load_max_over_mean":
+            scalars += [(f"{name}/{layer}", ratio) for layer, ratio in value.items()]
     return scalars
 
 

@@ -13,15 +13,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from nextn.alignment import count_labels
 from nextn.checkpoint import list_checkpoints, make_folder, write_json
 from nextn.config import Recipe
-from nextn.data import PackedTokens, RowSampler, validation_rows
+from nextn.data import PackedTokens, RowSampler, token_importance, validation_rows
 from nextn.errors import CheckpointError, ConfigError, DivergenceError
+from nextn.model.balancing import update_routing_biases
 from nextn.model.device import resolve_device
-from nextn.model.moe import update_routing_biases
 from nextn.mtp import MTPModel
-from nextn.objective import denominators, depth_weights
+from nextn.objective import Progress, StepObjective, batch_totals
 from nextn.tables import to_table
 from nextn.training.evaluation import evaluate_teacher_forced
 from nextn.training.hardware import require_compiler, resolve_precision
@@ -67,9 +66,10 @@ class StepReport:
     loss: float
     loss_per_depth: list[float | None]
     depth_weights: list[float]
+    balance_loss: float
     learning_rate: float
     grad_norm: float
-    expert_load_max_over_mean: float | None
+    expert_load_max_over_mean: dict[str, float]
 
 
 class Trainer:
@@ -117,6 +117,10 @@ class Trainer:
         if training.compile:
             require_compiler(self.device)
             self.model.compile_layers()
+        if training.recompute:
+            self.model.recompute_layers()
+        self._expert_loads: dict[str, Tensor] = {}  # of the last step
+        self._importance = token_importance(recipe.objective, model.tokenizer, train_tokens)
         sampler = RowSampler(train_tokens, data.sequence_length, training.batch_size, training.seed)
         optimizer = TrainingOptimizer(self.model, recipe.optimizer, training.num_steps)
         self.state = RunState(self.model, optimizer, sampler, TrainingClock())
@@ -222,38 +226,51 @@ class Trainer:
         batch = self.state.sampler.next_batch()
         input_ids = batch.input_ids.to(self.device)
         document_ids = batch.document_ids.to(self.device) if recipe.data.isolate_documents else None
-        weights = depth_weights(recipe.objective, num_depths, clock.step, clock.num_tokens)
-        # Denominators of the whole batch: each micro-batch adds its share of one sum, so its size does not matter.
-        num_labels = count_labels(input_ids, num_depths, document_ids=document_ids)
-        global_denominators = denominators(recipe.objective, num_labels)
+        label_weights = None if self._importance is None else self._importance(batch.input_ids).to(self.device)
+        progress = Progress(clock.step, clock.num_tokens, recipe.training.num_steps)
+        objective = StepObjective.of(recipe.objective, num_depths, progress)
+        # Totals of the whole batch: each micro-batch adds its share of one sum, so its size does not matter.
+        totals = batch_totals(
+            objective.denominator, num_depths, input_ids, document_ids=document_ids, label_weights=label_weights
+        )
         num_rows = recipe.training.micro_batch_size or recipe.training.batch_size
         optimizer.zero_grad()
-        loss = torch.zeros((), device=self.device)
+        loss, balance_loss = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         loss_per_depth = torch.zeros(num_depths + 1, device=self.device)
+        loads: dict[str, Tensor] = {}
         for first in range(0, input_ids.shape[0], num_rows):
             rows = slice(first, first + num_rows)
-            documents = None if document_ids is None else document_ids[rows]
             with self.precision.autocast(self.device):
                 output = self.model(
-                    input_ids[rows], document_ids=documents, depth_weights=weights, denominators=global_denominators
+                    input_ids[rows],
+                    document_ids=None if document_ids is None else document_ids[rows],
+                    label_weights=None if label_weights is None else label_weights[rows],
+                    objective=objective,
+                    totals=totals,
                 )
             output.loss.backward()
             loss += output.loss.detach()
-            loss_per_depth += output.loss_per_depth.detach()
+            loss_per_depth += output.loss_per_depth
+            balance_loss += output.balance_loss
+            for layer, load in output.expert_loads.items():
+                loads[layer] = loads.get(layer, 0) + load
         grad_norm = optimizer.grad_norm()
-        self._check_finite(loss, loss_per_depth, grad_norm, weights)
+        self._check_finite(loss, loss_per_depth, grad_norm, objective.depth_weights)
         learning_rate = optimizer.step(clock.step, grad_norm)
-        loads = update_routing_biases(self.model, recipe.training.bias_update_speed)
+        self._expert_loads = loads
+        update_routing_biases(self.model, loads, recipe.training.bias_update_speed)
         clock.step += 1
         clock.num_tokens += input_ids.numel()
-        imbalances = [float(load.max() / load.float().mean()) for load in loads.values()]
         return StepReport(
             loss=loss.item(),
             loss_per_depth=[value if math.isfinite(value) else None for value in loss_per_depth.tolist()],
-            depth_weights=list(weights),
+            depth_weights=list(objective.depth_weights),
+            balance_loss=balance_loss.item(),
             learning_rate=learning_rate,
             grad_norm=grad_norm.item(),
-            expert_load_max_over_mean=max(imbalances, default=None),
+            expert_load_max_over_mean={
+                layer: float(load.max() / load.float().mean()) for layer, load in loads.items() if load.any()
+            },
         )
 
     def _check_finite(
@@ -294,6 +311,9 @@ class Trainer:
                 f"by step {self.state.clock.step}: held-out losses are {teacher_forced.loss_per_depth}"
             )
         record = self._record("evaluation") | teacher_forced.to_table()
+        record["expert_load"] = {
+            layer: (load / load.sum()).tolist() for layer, load in self._expert_loads.items() if load.any()
+        }
         if self.evaluate is not None:
             self.model.eval()
             record["decoding"] = self.evaluate(self.model)

@@ -1,0 +1,65 @@
+"""The schemes by name, and what each allows to be set."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from nextn.config import DetachConfig, MTPConfig
+from nextn.errors import ConfigError
+from nextn.mtp.independent import Independent
+from nextn.mtp.parallel import Parallel
+from nextn.mtp.routing import NO_DETACH
+from nextn.mtp.scheme import Scheme
+from nextn.mtp.sequential import Sequential
+from nextn.mtp.shared_module import SharedModule
+
+SCHEMES: dict[str, type[Scheme]] = {
+    "sequential": Sequential,
+    "independent": Independent,
+    "shared_module": SharedModule,
+    "parallel": Parallel,
+}
+"""Every scheme by its name in `mtp.scheme`. A scheme is built as `SCHEMES[name](trunk, mtp_config)`."""
+
+
+def scheme_class(config: MTPConfig) -> type[Scheme]:
+    """The class that `mtp.scheme` names. Raises ConfigError for an unknown name."""
+    if config.scheme not in SCHEMES:
+        raise ConfigError(f"mtp.scheme must be one of {', '.join(SCHEMES)}, got {config.scheme!r}")
+    return SCHEMES[config.scheme]
+
+
+def check_scheme(config: MTPConfig, detach: DetachConfig = NO_DETACH, draft_length: int = 0) -> None:
+    """Raise ConfigError for a setting that the scheme would silently ignore, or for drafts that it cannot make.
+
+    Args:
+        config: `mtp`.
+        detach: `objective.detach`.
+        draft_length: N, tokens to draft per cycle.
+    """
+    scheme = scheme_class(config)
+    if config.num_depths == 0:
+        return
+    for name, settings_field in MTPConfig.__dataclass_fields__.items():
+        value = getattr(config, name)
+        if name not in scheme.reads | {"scheme", "num_depths"} and value != settings_field.default:
+            raise ConfigError(
+                f"mtp.{name} = {value!r} has no effect with mtp.scheme = {config.scheme!r}; leave it out "
+                f"(the scheme reads {', '.join(sorted(scheme.reads))})"
+            )
+    own_heads = scheme is SharedModule and (config.head_norm == "own" or config.num_layers == 0)
+    ineffective = {"embedding": not scheme.embeds_tokens, "head": own_heads, "between_depths": not scheme.is_chain}
+    for name, is_ineffective in ineffective.items():
+        if is_ineffective and getattr(detach, name):
+            raise ConfigError(
+                f"objective.detach.{name} has no effect with mtp.scheme = {config.scheme!r}; leave it out"
+            )
+    longest = scheme.max_draft_length(config.num_depths)
+    if longest is not None and draft_length > longest:
+        raise ConfigError(
+            f"draft_length = {draft_length}, but mtp.scheme = {config.scheme!r} drafts one token per trained depth: at "
+            f"most {longest} here (a chain, as of the sequential scheme, could go on)"
+        )
+
+
+assert all(scheme.reads <= {f.name for f in dataclasses.fields(MTPConfig)} for scheme in SCHEMES.values())
