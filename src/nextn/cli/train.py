@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nextn.cli.output import interruptible, messages, print_evaluation
+from nextn.cli.output import interruptible, messages, print_evaluation, status
 from nextn.config import load_recipe
+from nextn.errors import ConfigError
 from nextn.model.device import resolve_device
 from nextn.report.measurement import acceptance_probe
 from nextn.report.provenance import collect
-from nextn.training import Trainer, fit_vocabulary, new_model, prepare_data
+from nextn.report.schedule import print_dry_run
+from nextn.training import Trainer, check_run_folder, fit_vocabulary, new_model, prepare_data
 
 
 def train(
@@ -23,11 +25,15 @@ def train(
         list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a setting; may be repeated.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what the run would be and plot its schedule; train nothing.")
+    ] = False,
 ) -> None:
     """Train a model with multi-token prediction.
 
     Writes recipe.json, provenance.json, metrics.jsonl and checkpoints/ into the run folder. A killed run goes on with
-    `--resume` and gives bit for bit the losses of an uninterrupted one.
+    `--resume` and gives bit for bit the losses of an uninterrupted one. `--dry-run` reads no corpus and trains nothing:
+    it prints the run's size and schedule, and plots the schedule into schedule.svg.
 
     Examples:
 
@@ -36,12 +42,21 @@ def train(
         nextn train recipes/python-stdlib.toml --set training.num_steps=200 --set mtp.num_depths=0 --out runs/plain
 
         nextn train recipes/python-stdlib.toml --resume
+
+        nextn train recipes/python-stdlib.toml --dry-run
     """
     console = messages()
     settings = load_recipe(recipe, set_ or ())
-    device = resolve_device(settings.training.device)
     run_folder = out or Path("runs") / recipe.stem
-    data = prepare_data(settings.data)
+    if dry_run:
+        if resume:
+            raise ConfigError("--dry-run trains nothing, so it takes no --resume: leave one of them out")
+        print_dry_run(Console(markup=False, highlight=False), settings, run_folder)
+        return
+    device = resolve_device(settings.training.device)
+    check_run_folder(run_folder, settings, resume=resume)  # before the corpus, which may take a minute to read
+    with status(console) as say:
+        data = prepare_data(settings.data, say)
     settings = fit_vocabulary(settings, data.tokenizer)
     console.print(f"{data.summary()}; run folder {run_folder}")
     trainer = Trainer(
