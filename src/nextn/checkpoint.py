@@ -137,8 +137,8 @@ def checkpoint_folder(run_folder: Path, step: int) -> Path:
 def list_checkpoints(run_folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folder = run_folder / "checkpoints"
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    return [folder / name for name in sorted(names) if re.fullmatch(r"step-\d{8}", name)]
+    names = [p.name for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name)] if folder.is_dir() else []
+    return [folder / name for name in sorted(names, key=lambda name: int(name.removeprefix("step-")))]
 
 
 def _flush_to_disk(path: Path) -> None:

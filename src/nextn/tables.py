@@ -50,32 +50,49 @@ def _toml_value(text: str) -> Any:
 def from_table(settings_class: type[Table], table: Mapping[str, Any], where: str = "") -> Table:
     """Build a settings dataclass from a (nested) mapping, checking every key and type.
 
-    The word "none" stands for None, which TOML lacks. Raises ConfigError naming the full key.
+    The word "none" stands for None, which TOML lacks. Raises ConfigError naming the full key, and for an unknown one
+    the nearest key of its table and the other tables that have it.
     """
+    homes: dict[str, list[str]] = {}
+    for name, key in _keys(settings_class, where):
+        homes.setdefault(key, []).append(name)
+    return _build(settings_class, table, where, homes)
+
+
+def _keys(settings_class: Any, where: str) -> Iterator[tuple[str, str]]:
+    """(name of the table, key) of every setting in a dataclass and in the tables below it."""
+    for key, hint in typing.get_type_hints(settings_class).items():
+        yield where, key
+        if dataclasses.is_dataclass(hint):
+            yield from _keys(hint, f"{where}.{key}" if where else key)
+
+
+def _build(settings_class: type[Table], table: Mapping[str, Any], where: str, homes: Mapping[str, list[str]]) -> Table:
     hints = typing.get_type_hints(settings_class)
     values = {}
     for key, value in table.items():
         name = f"{where}.{key}" if where else key
         if key not in hints:
-            nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)
-            raise ConfigError(
-                f"unknown setting {name!r}; did you mean {nearest[0]!r}? "
-                f"{'[' + where + ']' if where else 'A recipe'} knows: {', '.join(sorted(hints))}"
-            )
-        values[key] = _convert(value, hints[key], name)
+            nearest = difflib.get_close_matches(key, hints, n=1, cutoff=0.6)
+            elsewhere = " and ".join(f"[{home}]" if home else "the recipe itself" for home in homes.get(key, ()))
+            ways_out = [f"did you mean {nearest[0]!r}?"] if nearest else []
+            ways_out += [f"{key} is a setting of {elsewhere}."] if elsewhere else []
+            known = f"{'[' + where + ']' if where else 'A recipe'} knows: {', '.join(sorted(hints))}"
+            raise ConfigError(f"unknown setting {name!r}; {' '.join([*ways_out, known])}")
+        values[key] = _convert(value, hints[key], name, homes)
     return settings_class(**values)
 
 
-def _convert(value: Any, kind: Any, name: str) -> Any:
+def _convert(value: Any, kind: Any, name: str, homes: Mapping[str, list[str]]) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} is a table, got {value!r}")
-        return from_table(kind, value, name)
+        return _build(kind, value, name, homes)
     if origin in (typing.Union, types.UnionType):
         if value is None or value == "none":
             return None
-        return _convert(value, next(a for a in arguments if a is not types.NoneType), name)
+        return _convert(value, next(a for a in arguments if a is not types.NoneType), name, homes)
     if origin is Literal:
         if value not in arguments:
             raise ConfigError(f"{name} must be one of {', '.join(map(str, arguments))}, got {value!r}")
@@ -85,7 +102,7 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
             raise ConfigError(f"{name} must be a list, got {value!r}")
         if arguments[-1] is not Ellipsis and len(value) != len(arguments):
             raise ConfigError(f"{name} must have {len(arguments)} values, got {value!r}")
-        return tuple(_convert(item, arguments[0], name) for item in value)
+        return tuple(_convert(item, arguments[0], name, homes) for item in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, float) and not math.isfinite(value):

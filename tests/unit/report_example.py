@@ -29,7 +29,9 @@ def history() -> tuple[dict, ...]:
             {"kind": "train", "step": step, "num_tokens": step * 4096, "loss": losses[0] + 0.1 * sum(losses[1:]),
              "loss_per_depth": losses, "depth_weights": [0.1] * NUM_DEPTHS, "learning_rate": 1e-3, "grad_norm": 0.8,
              "tok_per_s": 9876.0, "elapsed_s": step * 0.41,
-             "expert_load_max_over_mean": 1.12 + 1.3 * math.exp(-step / 80)}
+             "expert_load_max_over_mean": {
+                 f"trunk.model.layers.{layer}.mlp": 1.12 + 0.02 * layer + 1.3 * math.exp(-step / 80)
+                 for layer in (1, 2, 3)}}
         )  # fmt: skip
         if step % 150 == 0:
             lines.append(
@@ -37,7 +39,9 @@ def history() -> tuple[dict, ...]:
                  "loss_per_depth": [value + 0.04 for value in loss],
                  "bits_per_byte_per_depth": [(value + 0.04) / math.log(2) for value in loss],
                  "teacher_forced_accuracy": [0.68, 0.58, 0.51, 0.46],
-                 "main_agreement": [0.7, 0.6, 0.53], "decoding": {}}
+                 "main_agreement": [0.7, 0.6, 0.53], "decoding": {},
+                 "expert_load": {"trunk.model.layers.1.mlp": [0.3, 0.2, 0.25, 0.25],
+                                 "scheme.layers.0.block.mlp": [0.25, 0.25, 0.27, 0.23]}}
             )  # fmt: skip
     return tuple(lines)
 

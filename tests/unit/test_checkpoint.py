@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nextn.checkpoint import atomic_folder, read_json, read_tensors, write_json, write_tensors
 from nextn.config import MTPConfig
+from nextn.data import ByteTokenizer
 from nextn.errors import CheckpointError, DeviceError
 from nextn.mtp import MTPModel, load_model, save_model
 
@@ -117,8 +118,10 @@ def test_a_truncated_file_is_an_error(tmp_path: Path):
 
 
 def test_foreign_missing_and_pickled_checkpoints_are_refused(tmp_path: Path):
-    with pytest.raises(CheckpointError, match="neither a checkpoint"):
+    with pytest.raises(CheckpointError, match="none does not exist"):
         load_model(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="neither a checkpoint"):
+        load_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="found none"):
         load_model(tmp_path)
@@ -134,6 +137,16 @@ def test_foreign_missing_and_pickled_checkpoints_are_refused(tmp_path: Path):
     (tmp_path / "a" / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="is not JSON"):
         load_model(tmp_path / "a")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path: Path):
+    saved(tmp_path / "a")
+    ByteTokenizer().save(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=rf"has 257 tokens and the model knows {TINY.vocab_size}"):
+        load_model(tmp_path / "a")
+    saved(tmp_path / "b", replace(TINY, vocab_size=300))  # padded vocabularies are common
+    ByteTokenizer().save(tmp_path / "b")
+    assert load_model(tmp_path / "b").tokenizer is not None
 
 
 @pytest.mark.parametrize(("table", "field"), [("nextn", "carry"), (None, "norm_topk_prob"), (None, "scoring_func")])

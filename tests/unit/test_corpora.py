@@ -20,6 +20,7 @@ from nextn.data.corpora import (
     _up_to,
     cut,
     drop_repetitions,
+    hold_out_all,
     load_corpus,
 )
 from nextn.data.sources import DroppedFile, SourceText, is_test_code
@@ -99,7 +100,7 @@ def test_python_sources_that_are_not_utf8_are_left_out_and_reported(tmp_path, mo
     monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path))
     corpus = load("python-stdlib")
     assert documents_of(corpus).keys() == {"a.py", "b/c.py"}
-    assert corpus.dropped == (DroppedFile("latin.py", 29, "not UTF-8"),)
+    assert corpus.dropped == (DroppedFile("latin.py", 29, "byte 0xe9 at offset 26 is not UTF-8"),)
 
 
 def test_python_installed_reads_the_dependencies_and_not_the_development_tools():
@@ -375,6 +376,49 @@ def test_a_folder_without_text_files_names_the_suffixes(tmp_path):
 def test_a_corpus_of_one_character_cannot_be_split(tmp_path):
     with pytest.raises(DataError, match="at least 2 are needed"):
         load(write_folder(tmp_path, {"a.txt": "x"}))
+
+
+def test_the_empty_name_is_no_corpus_and_a_relative_path_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path, {"a.txt": PROSE, "b.txt": PROSE})
+    with pytest.raises(DataError, match="'' is neither a known corpus"):
+        load("")
+    with pytest.raises(DataError, match=f"'c.txt' is neither .* existing path below {tmp_path}"):
+        load("c.txt")
+
+
+def test_bad_files_of_a_folder_are_left_out_and_listed(tmp_path):
+    write_folder(tmp_path, {"a.txt": PROSE, "b.txt": PROSE})
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n" * 100)
+    (tmp_path / "short.txt.gz").write_bytes(gzip.compress(PROSE.encode())[:-20])
+    (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a row"}\n{"text": "caf\xe9"}\n{"text": "another"}\n')
+    corpus = load(tmp_path)
+    assert documents_of(corpus).keys() == {"a.txt", "b.txt", "rows.jsonl:1"}
+    assert [file.name for file in corpus.dropped] == ["dangling.txt", "latin.txt", "rows.jsonl", "short.txt.gz"]
+    assert corpus.dropped[1] == DroppedFile("latin.txt", 500, "byte 0xe9 at offset 3 is not UTF-8")
+    assert "(line 2)" in corpus.dropped[2].reason
+    assert not any(str(tmp_path) in file.reason for file in corpus.dropped)  # reasons go into provenance
+
+
+def test_a_folder_of_bad_files_alone_is_an_error_that_names_one(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n" * 100)
+    with pytest.raises(DataError, match=r"is empty.*left out: 1, the first latin.txt: byte 0xe9"):
+        load(tmp_path)
+
+
+def test_a_foreign_corpus_is_held_out_whole_but_for_what_was_trained_on(tmp_path):
+    texts = {f"{n}.txt": f"text {n}\n{PROSE}" for n in range(20)}
+    corpus = load(write_folder(tmp_path, texts))
+    trained = {file.sha256 for file in corpus.files[:3]}
+    foreign = hold_out_all(corpus, trained)
+    assert foreign.train == ()
+    kept = texts.keys() - {file.name for file in corpus.files[:3]}
+    assert {document.name for document in foreign.validation} == kept == {file.name for file in foreign.files}
+    assert {file.split for file in foreign.files} == {"validation"}
+    assert [file.reason for file in foreign.dropped] == ["the model was trained on it"] * 3
+    with pytest.raises(DataError, match="trained on every text"):
+        hold_out_all(corpus, {file.sha256 for file in corpus.files})
 
 
 def test_a_truncated_gzip_file_is_an_error_of_the_user(tmp_path):

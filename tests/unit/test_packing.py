@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from nextn.data.corpora import Corpus, Document
 from nextn.data.packing import (
-    CONTINUATION_ROOM,
     Batch,
     PackedTokens,
     RowSampler,
@@ -199,9 +198,9 @@ def test_validation_rows_and_prompts_are_the_same_every_time():
     packed = pack_texts(*(f"line one of {n}\nline two\n" * 40 for n in range(9)))
     assert torch.equal(validation_rows(packed, 32, 5).input_ids, validation_rows(packed, 32, 5).input_ids)
     assert not torch.equal(validation_rows(packed, 32, 5).input_ids, validation_rows(packed, 32, 5, seed=1).input_ids)
-    first, second = (np.stack(validation_prompts(packed, 24, 5)) for _ in range(2))
+    first, second = (np.stack(validation_prompts(packed, 16, 8, 5)) for _ in range(2))
     assert np.array_equal(first, second)
-    assert not np.array_equal(first, np.stack(validation_prompts(packed, 24, 5, seed=1)))
+    assert not np.array_equal(first, np.stack(validation_prompts(packed, 16, 8, 5, seed=1)))
 
 
 def lined_text(document: int, num_lines: int) -> str:
@@ -209,22 +208,21 @@ def lined_text(document: int, num_lines: int) -> str:
     return "".join(f"doc{document:02d} l{line:04d}\n" for line in range(num_lines))
 
 
-def test_prompts_come_from_different_documents_at_line_starts_with_room_after_them():
+def test_prompts_come_from_different_documents_at_line_starts_with_what_follows_them():
     packed = pack_texts(*(lined_text(document, 100) for document in range(20)))
-    prompts = validation_prompts(packed, 30, 8)
-    texts = [BYTES.decode(prompt) for prompt in prompts]
+    texts = [BYTES.decode(span) for span in validation_prompts(packed, 30, 70, 8)]
     assert len(texts) == 8
-    assert all(text.startswith("doc") and len(text) == 30 for text in texts)
+    assert all(text.startswith("doc") and len(text) == 100 for text in texts)
+    assert all(text in lined_text(int(text[3:5]), 100) for text in texts)
     documents = [int(text[3:5]) for text in texts]
     assert len(set(documents)) == 8
     assert documents == sorted(documents)
     assert np.diff(documents).max() <= 4  # spread over all twenty
-    assert all(int(text[7:11]) * 12 + 30 + CONTINUATION_ROOM <= 1200 for text in texts)
 
 
 def test_prompts_never_contain_an_end_of_text_even_in_short_documents():
     packed = pack_texts(*("abcdef\n" * n for n in range(1, 12)))
-    for prompt in validation_prompts(packed, 20, 12):
+    for prompt in validation_prompts(packed, 12, 8, 12):
         assert prompt.dtype == np.int32
         assert len(prompt) == 20
         assert EOS not in prompt
@@ -232,7 +230,7 @@ def test_prompts_never_contain_an_end_of_text_even_in_short_documents():
 
 def test_few_documents_give_several_prompts_each():
     packed = pack_texts(lined_text(1, 40), lined_text(2, 3))
-    texts = [BYTES.decode(prompt) for prompt in validation_prompts(packed, 24, 10)]
+    texts = [BYTES.decode(prompt) for prompt in validation_prompts(packed, 24, 0, 10)]
     assert len(set(texts)) == 10
     assert all(text.startswith("doc") for text in texts)
     assert {text[:5] for text in texts} == {"doc01", "doc02"}
@@ -240,14 +238,22 @@ def test_few_documents_give_several_prompts_each():
 
 def test_text_without_lines_gives_prompts_from_anywhere():
     packed = pack_texts("".join(chr(97 + n * n % 26) for n in range(900)))
-    prompts = validation_prompts(packed, 50, 6)
+    prompts = validation_prompts(packed, 50, 0, 6)
     assert len({prompt.tobytes() for prompt in prompts}) > 1
 
 
 def test_too_few_tokens_for_the_prompts_are_refused_with_numbers():
-    with pytest.raises(DataError, match=r"room for 0 prompts of 50 tokens, and 2 are wanted"):
-        validation_prompts(pack_texts("short", "texts"), 50, 2)
-    with pytest.raises(DataError, match=r"room for 3 prompts of 4 tokens"):
-        validation_prompts(pack_texts("abcdef"), 4, 5)
-    with pytest.raises(ValueError, match="at least 1"):
-        validation_prompts(pack_texts("abcdef"), 0, 5)
+    with pytest.raises(DataError, match=r"wanted: 2, of 50 tokens, .* by 9 more .* room for 0"):
+        validation_prompts(pack_texts("short", "texts"), 50, 9, 2)
+    with pytest.raises(DataError, match=r"wanted: 5, of 4 tokens, .* room for 3"):
+        validation_prompts(pack_texts("abcdef"), 4, 0, 5)
+    for arguments in ((0, 0, 5), (4, -1, 5), (4, 0, 0)):
+        with pytest.raises(ValueError, match="at least"):
+            validation_prompts(pack_texts("abcdef"), *arguments)
+
+
+def test_a_document_of_just_the_prompt_and_its_continuation_is_enough():
+    (span,) = validation_prompts(pack_texts("abcdefgh"), 5, 3, 1)
+    assert BYTES.decode(span) == "abcdefgh"
+    with pytest.raises(DataError, match="room for 0"):
+        validation_prompts(pack_texts("abcdefgh"), 5, 4, 1)

@@ -98,6 +98,25 @@ def test_every_generated_token_is_coloured_by_its_origin(page):
     assert shown == wanted
 
 
+def test_accepted_drafts_are_counted_in_characters_since_a_piece_may_hold_several_tokens():
+    # "e with acute" in bytes is two tokens, both drafted: one piece, so counting pieces as tokens would say "1 of 2".
+    pieces = schema.pieces_of([b"n", b"\xc3", b"\xa9", b"ab"], [0, 1, 2, 1])
+    text = html.render(dataclasses.replace(example(), samples=(schema.Sample("greedy", "x", pieces),)))
+    assert "3 of 4 characters from accepted drafts" in text
+
+
+def test_one_of_a_thing_is_not_called_several():
+    report = example()
+    arm_shown = dataclasses.replace(
+        report.arms[0], plain_tok_per_s=(1.0,), speculative_tok_per_s=(2.0,), speedup=schema.Speedup(2.0, 2.0, 2.0)
+    )
+    text = html.render(dataclasses.replace(
+        report, arms=(arm_shown,), samples=(), data=dataclasses.replace(report.data, num_validation_files=1)
+    ))  # fmt: skip
+    assert "spread of 1 repeat<" in text
+    assert "1 held-out file (" in text
+
+
 def test_each_depth_has_a_colour_in_both_themes_and_a_place_in_the_legend(page, page_text):
     for depth in range(1, NUM_DEPTHS + 1):
         assert len(re.findall(rf"--tint-{depth}: rgb", page_text)) == 2
@@ -145,6 +164,15 @@ def test_every_figure_of_the_schema_is_on_the_page(page):
         assert " ".join(meaning.split()) in words
 
 
+def test_the_load_of_every_expert_stands_in_the_page_relative_to_its_layers_mean():
+    rows = html.expert_loads(history())
+    assert [layer for layer, _ in rows] == ["trunk layer 1", "MTP module 1"]
+    assert rows[0][1] == pytest.approx([1.2, 0.8, 1.0, 1.0])
+    words = Page(html.render(example())).words
+    assert "MTP module 1" in words
+    assert "1.20" in words
+
+
 def test_every_setting_of_a_recipe_is_shown_with_its_meaning():
     rows = list(html.settings_rows(tables.to_table(config.Recipe()), config.Recipe))
     assert ("model.rope_parameters.rope_theta", "10000.0", "base of the geometric series of wavelengths") in rows
@@ -170,7 +198,7 @@ def test_a_slowdown_is_called_slower():
 def test_a_run_without_mtp_and_without_decoding_has_a_page_too():
     report = example()
     plain_history = tuple(
-        {**line, "loss_per_depth": line["loss_per_depth"][:1], "expert_load_max_over_mean": None} for line in history()
+        {**line, "loss_per_depth": line["loss_per_depth"][:1], "expert_load_max_over_mean": {}} for line in history()
     )
     page = Page(
         html.render(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +14,7 @@ from rich.progress import Progress
 
 import nextn
 from nextn.checkpoint import list_checkpoints, read_json, write_json
-from nextn.cli.output import interruptible, messages, print_arms, print_evaluation
+from nextn.cli.output import interruptible, messages, print_arms, print_evaluation, status
 from nextn.config import Recipe, load_recipe
 from nextn.errors import ConfigError
 from nextn.model.device import resolve_device
@@ -28,16 +26,21 @@ from nextn.report.schema import to_table
 from nextn.training import (
     PreparedData,
     Trainer,
+    check_recipe,
     fit_vocabulary,
     new_model,
     prepare_data,
     read_recipe,
+    remove_run,
     time_steps,
 )
 
 DEMO_RECIPE = Path(__file__).with_name("demo.toml")
 
 DEFAULT_MINUTES = 4.0
+
+MAX_MINUTES = 10_000.0
+"""A week. Longer runs are for `nextn train`."""
 
 MIN_STEPS = 40
 """A run is at least this long, however slow the machine."""
@@ -66,10 +69,12 @@ def demo(
     """
     console = messages()
     if fresh and out.exists():
-        _delete_run(out)
-    plan = _resume_plan(out, minutes, set_)
+        _require_run(out)
+    plan = None if fresh else _resume_plan(out, minutes, set_, console)
     if plan is None:
         plan = _plan(DEFAULT_MINUTES if minutes is None else minutes, set_ or (), console)
+    if fresh:  # not before the plan has turned out well
+        _delete_run(out)
     recipe, provenance, data = plan
     model = new_model(recipe, data.tokenizer)
     trainer = Trainer(
@@ -111,16 +116,20 @@ def demo(
 
 def _plan(minutes: float, assignments: Sequence[str], console: Console) -> tuple[Recipe, dict[str, Any], PreparedData]:
     """A new run: the demo's recipe, as many steps as fit the minutes."""
-    if not 0 < minutes < math.inf:
-        raise ConfigError(f"--minutes must be above 0, got {minutes:g}")
+    if not 0 < minutes <= MAX_MINUTES:
+        raise ConfigError(f"--minutes must lie above 0 and be at most {MAX_MINUTES:g}, got {minutes:g}")
     if any(assignment.startswith("training.num_steps") for assignment in assignments):
         raise ConfigError("the demo sets training.num_steps from --minutes; for a fixed number use nextn train")
     recipe = load_recipe(DEMO_RECIPE, assignments)
-    data = prepare_data(recipe.data)
-    recipe = fit_vocabulary(recipe, data.tokenizer)
+    _require_measurable(recipe)
+    check_recipe(recipe)
     device = resolve_device(recipe.training.device)
-    console.print(f"{data.summary()}; timing a few steps with and without MTP")
-    seconds = time_steps(recipe, data, (0, recipe.mtp.num_depths))
+    with status(console) as say:
+        data = prepare_data(recipe.data, say)
+        recipe = fit_vocabulary(recipe, data.tokenizer)
+        console.print(data.summary())
+        say("timing a few steps with and without MTP")
+        seconds = time_steps(recipe, data, (0, recipe.mtp.num_depths))
     plain_s, mtp_s = (statistics.median(seconds[num_depths]) for num_depths in (0, recipe.mtp.num_depths))
     num_steps = max(MIN_STEPS, round(minutes * 60 / mtp_s))
     recipe = replace(recipe, training=replace(recipe.training, num_steps=num_steps))
@@ -134,10 +143,14 @@ def _plan(minutes: float, assignments: Sequence[str], console: Console) -> tuple
 
 
 def _resume_plan(
-    out: Path, minutes: float | None, assignments: Sequence[str] | None
+    out: Path, minutes: float | None, assignments: Sequence[str] | None, console: Console
 ) -> tuple[Recipe, dict[str, Any], PreparedData] | None:
     """The plan of the run that is already in `out`, None if there is none."""
     if not (out / "recipe.json").exists():
+        if list_checkpoints(out):
+            raise ConfigError(
+                f"{out} holds checkpoints but no recipe.json; add --fresh (which deletes them) or choose another --out"
+            )
         return None
     if assignments or minutes is not None:
         raise ConfigError(
@@ -145,15 +158,29 @@ def _resume_plan(
             "choose another --out"
         )
     recipe = read_recipe(out / "recipe.json")
-    return recipe, read_json(out / "provenance.json"), prepare_data(recipe.data)
+    _require_measurable(recipe)
+    provenance = read_json(out / "provenance.json")
+    with status(console) as say:
+        return recipe, provenance, prepare_data(recipe.data, say)
+
+
+def _require_measurable(recipe: Recipe) -> None:
+    """Raise ConfigError for settings with which there is nothing to decode, or nothing to time."""
+    for name, minimum in (("num_prompts", 1), ("draft_length", 1), ("max_new_tokens", 2)):
+        if getattr(recipe.evaluation, name) < minimum:
+            raise ConfigError(
+                f"the demo measures decoding, so evaluation.{name} must be at least {minimum}, got "
+                f"{getattr(recipe.evaluation, name)}; nextn train has no such limit"
+            )
+
+
+def _require_run(out: Path) -> None:
+    if not (out / "recipe.json").exists() and not list_checkpoints(out):
+        raise ConfigError(f"--fresh deletes a run, and {out} does not look like one (no recipe.json)")
 
 
 def _delete_run(out: Path) -> None:
-    """Remove what a run wrote into its folder, and nothing else."""
-    if not (out / "recipe.json").exists() and not list_checkpoints(out):
-        raise ConfigError(f"--fresh deletes a run, and {out} does not look like one (no recipe.json)")
-    for name in ("checkpoints", "tensorboard"):
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)
-    for name in ("recipe.json", "provenance.json", "metrics.jsonl", "report.json", "report.html"):
+    """Remove what a run and its report wrote into the folder, and nothing else."""
+    for name in ("report.json", "report.html"):
         (out / name).unlink(missing_ok=True)
+    remove_run(out)

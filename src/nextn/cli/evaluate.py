@@ -10,21 +10,24 @@ import typer
 from rich.console import Console
 
 import nextn
-from nextn.checkpoint import write_json
-from nextn.cli.output import print_evaluation
+from nextn.checkpoint import read_json, write_json
+from nextn.cli.output import messages, print_evaluation, status
 from nextn.data import validation_rows
+from nextn.data.sources import is_path
 from nextn.errors import DataError
 from nextn.mtp import find_checkpoint
+from nextn.report.html import plural
 from nextn.report.measurement import acceptance_probe
 from nextn.report.provenance import collect
 from nextn.tables import to_table
-from nextn.training import evaluate_teacher_forced, prepare_data, read_recipe
+from nextn.training import evaluate_teacher_forced, prepare_held_out, read_recipe
 
 
 def evaluate(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder (its last checkpoint is taken).")],
     corpus: Annotated[
-        str | None, typer.Option(help="Corpus to hold text out from. Default: the one it was trained on.")
+        str | None,
+        typer.Option(help="Corpus to read, all of it. Default: the part held out of the one it was trained on."),
     ] = None,
     draft_length: Annotated[int | None, typer.Option(help="N, tokens drafted per cycle. Default: as trained.")] = None,
     num_rows: Annotated[int | None, typer.Option(help="Held-out rows read. Default: as trained.")] = None,
@@ -48,20 +51,33 @@ def evaluate(
     recipe = read_recipe(folder / "recipe.json")
     changes = {"draft_length": draft_length, "num_rows": num_rows, "num_prompts": num_prompts}
     settings = replace(recipe.evaluation, **{key: value for key, value in changes.items() if value is not None})
+    if corpus is None and is_path(recipe.data.corpus) and not Path(recipe.data.corpus).expanduser().exists():
+        raise DataError(
+            f"the run was trained on {recipe.data.corpus!r}, a path seen from the folder it was started in, and there "
+            f"is no such path in {Path.cwd()}; start nextn there, or name the text with --corpus"
+        )
+    trained = None
+    if corpus not in (None, recipe.data.corpus):
+        trained = read_json(folder / "provenance.json").get("corpus", {})
     data_config = recipe.data if corpus is None else replace(recipe.data, corpus=corpus)
-    data = prepare_data(data_config, model.tokenizer)
-    rows = validation_rows(data.validation, data_config.sequence_length, settings.num_rows)
-    forced = evaluate_teacher_forced(
-        model,
-        rows,
-        data.validation.bytes_per_token,
-        rows_per_forward=recipe.training.batch_size,
-        isolate_documents=data_config.isolate_documents,
-    )
-    table = forced.to_table()
-    probe = acceptance_probe(data.validation, settings)
-    if probe is not None:
-        table["decoding"] = probe(model)
+    console = messages()
+    with status(console) as say:
+        data = prepare_held_out(data_config, model.tokenizer, trained, say)
+        console.print(data.held_out_summary())
+        rows = validation_rows(data.validation, data_config.sequence_length, settings.num_rows)
+        probe = acceptance_probe(data.validation, settings)
+        say(f"reading {len(rows.input_ids)} x {data_config.sequence_length} held-out tokens")
+        forced = evaluate_teacher_forced(
+            model,
+            rows,
+            data.validation.bytes_per_token,
+            rows_per_forward=recipe.training.batch_size,
+            isolate_documents=data_config.isolate_documents,
+        )
+        table = forced.to_table()
+        if probe is not None:
+            say(f"decoding {plural(settings.num_prompts, 'held-out prompt')}, greedy and sampled")
+            table["decoding"] = probe(model)
     print_evaluation(Console(), table)
     if json is not None:
         provenance = collect(seed=0, device=device, corpus=data.provenance())

@@ -17,8 +17,11 @@ from nextn.errors import GenerationError
 from nextn.mtp import MTPModel
 from nextn.report.schema import pieces_of
 
-DEPTH_STYLES = ("", "black on #9ad1f5", "black on #a8e0b0", "black on #f5dd8a", "black on #f2b38c", "black on #dcb3ee")
-"""Colour of a token by its depth: none for the trunk's own; depths beyond the last take the last."""
+DEPTH_STYLES = ("", "black on #6ad4f5", "black on #7fe58a", "black on #f5dd8a", "black on #ff9a70", "black on #e88af5")
+"""Colour of a token by its depth: none for the trunk's own; depths beyond the last take the last.
+
+Strong enough to stay five different colours where a terminal has sixteen.
+"""
 
 
 def generate(
@@ -46,13 +49,16 @@ def generate(
 
         nextn generate runs/demo -p "import os" --temperature 0.8 --top-p 0.95 --seed 1
     """
-    prompts = [sys.stdin.read() if text == "-" else text for text in prompt or ()]
+    prompts = [_standard_input() if text == "-" else text for text in prompt or ()]
     if not prompts:
         raise GenerationError('no prompt; give one with -p "TEXT", or -p - to read standard input')
     model = nextn.load(path, device=device, dtype=dtype)
     if model.scheme is None and draft_length:
         messages().print("this model has no MTP depths: decoding plainly")
         draft_length = 0
+    if temperature == 0 and (top_k, top_p) != (None, None):
+        messages().print("--top-k and --top-p have no effect at temperature 0 (greedy); add --temperature to sample")
+        top_k = top_p = None
     result = nextn.generate(
         model,
         prompts,
@@ -74,6 +80,16 @@ def generate(
             print(text + result.texts[index])
     if show_drafts:
         _print_statistics(messages(), result, draft_length)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise GenerationError(
+            f"standard input is not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {error.start}); "
+            "-p - reads a text to continue"
+        ) from None
 
 
 def _coloured(model: MTPModel, result: GenerationResult, index: int) -> Text:

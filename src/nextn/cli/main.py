@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import typer
@@ -39,7 +40,13 @@ def options(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 2 the user's error (message on standard error), 130 interrupted."""
+    """Run the command line. Exit codes: 0 done, 2 the user's error (message on standard error), 130 interrupted.
+
+    A character that the output's encoding lacks is replaced by `?`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except NextnError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nextn.report.schema import DecodingArm
 
@@ -18,6 +19,16 @@ from nextn.report.schema import DecodingArm
 def messages() -> Console:
     """Where progress and hints go: standard error, text as it is, so that standard output holds results only."""
     return Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+@contextmanager
+def status(console: Console) -> Iterator[Callable[[str], None]]:
+    """A function that tells what is being done now: a line that moves on a terminal, plain lines elsewhere."""
+    if not console.is_terminal:
+        yield console.print
+        return
+    with console.status("") as shown:
+        yield lambda text: shown.update(Text(text))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from nextn.model.device import resolve_device
 from nextn.report.measurement import acceptance_probe
 from nextn.report.provenance import collect
 from nextn.report.schedule import print_dry_run
-from nextn.training import Trainer, check_run_folder, fit_vocabulary, new_model, prepare_data
+from nextn.training import Trainer, check_recipe, check_run_folder, fit_vocabulary, new_model, prepare_data
 
 
 def train(
@@ -47,6 +47,7 @@ def train(
     """
     console = messages()
     settings = load_recipe(recipe, set_ or ())
+    check_recipe(settings)
     run_folder = out or Path("runs") / recipe.stem
     if dry_run:
         if resume:

@@ -8,12 +8,12 @@ are added or removed, and the seed of a run has no say in it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from nextn.config import DataConfig
-from nextn.data.sources import HUB_PREFIX, PYTHON_INSTALLED, PYTHON_STDLIB, DroppedFile, SourceText, read_source
+from nextn.data.sources import PYTHON_INSTALLED, PYTHON_STDLIB, DroppedFile, SourceText, is_path, read_source
 from nextn.errors import DataError
 
 Split = Literal["train", "validation"]
@@ -55,7 +55,7 @@ class Corpus:
 
     Attributes:
         name: the corpus's name; for a path, its last part.
-        train, validation: the two splits, both non-empty, in the order of the source.
+        train, validation: the two splits, both non-empty (but for `hold_out_all`), in the order of the source.
         files: what was read, by file and split.
         dropped: files found and left out, with the reason.
     """
@@ -91,8 +91,11 @@ def load_corpus(config: DataConfig) -> Corpus:
     empty, which happens with few documents, the document with the lowest hash is held out, or the one with the highest
     hash is trained on.
 
+    A folder's files that are not readable as UTF-8 text are left out and listed in `Corpus.dropped`.
+
     Raises:
-        DataError: the corpus is missing, empty, too small to hold something out of, or not readable as UTF-8 text.
+        DataError: the corpus is missing, empty, too small to hold something out of, or a single file that is not
+            readable as UTF-8 text.
     """
     dropped: list[DroppedFile] = []
     texts: Iterable[SourceText] = read_source(config.corpus, config.text_field, dropped)
@@ -104,7 +107,9 @@ def load_corpus(config: DataConfig) -> Corpus:
     found = list(texts)
     if not found:
         limit = "" if config.max_bytes is None else f" in its first data.max_bytes = {config.max_bytes} bytes"
-        raise DataError(f"data.corpus = {config.corpus!r} is empty: no text{limit}; name a corpus that has some")
+        raise DataError(
+            f"data.corpus = {config.corpus!r} is empty: no text{limit}{_left_out(dropped)}; name a corpus that has some"
+        )
     if len(found) == 1:
         whole = found[0]
         pieces = cut(whole.text)
@@ -117,6 +122,46 @@ def load_corpus(config: DataConfig) -> Corpus:
         files=_file_records(found, held_out),
         dropped=tuple(dropped),
     )
+
+
+def hold_out_all(corpus: Corpus, trained_sha256: Collection[str]) -> Corpus:
+    """The corpus for a model that was not trained on it: all documents are for validation, none to train on.
+
+    Documents whose text the model was trained on all the same (the standard library inside `python-installed`, say) are
+    dropped, with that as the reason.
+
+    Args:
+        corpus: both splits of it.
+        trained_sha256: hashes of the texts trained on, as in `FileRecord.sha256`.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    sizes = {}  # of the documents to drop; only a file that is one document can be recognised
+    for document in corpus.train + corpus.validation:
+        content = document.text.encode("utf-8")
+        if hashlib.sha256(content).hexdigest() in trained_sha256:
+            sizes[document.name] = len(content)
+    validation = tuple(document for document in corpus.train + corpus.validation if document.name not in sizes)
+    if not validation:
+        raise DataError(f"the model was trained on every text of the corpus {corpus.name}; name another corpus")
+    return replace(
+        corpus,
+        train=(),
+        validation=validation,
+        files=tuple(replace(file, split="validation") for file in corpus.files if file.name not in sizes),
+        dropped=(
+            *corpus.dropped,
+            *(DroppedFile(name, size, "the model was trained on it") for name, size in sizes.items()),
+        ),
+    )
+
+
+def _left_out(dropped: list[DroppedFile]) -> str:
+    if not dropped:
+        return ""
+    first = dropped[0]
+    return f" (files left out: {len(dropped)}, the first {first.name}: {first.reason})"
 
 
 # ------------------------------------------------------------------------------------------------------- the two sides
@@ -171,7 +216,7 @@ def _file_records(texts: list[SourceText], held_out: frozenset[str]) -> tuple[Fi
 
 def _short_name(corpus: str) -> str:
     """The name without the folders a path lies in, which say nothing about the text."""
-    if corpus in (PYTHON_STDLIB, PYTHON_INSTALLED) or corpus.startswith(HUB_PREFIX):
+    if not is_path(corpus):
         return corpus
     return corpus.rstrip("/").rpartition("/")[2] or corpus
 

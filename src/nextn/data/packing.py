@@ -25,9 +25,6 @@ from nextn.data.corpora import Document
 from nextn.data.tokenizers import Tokenizer
 from nextn.errors import DataError
 
-CONTINUATION_ROOM = 256
-"""Tokens that a document should still have after a prompt cut from it, so that what follows can be compared."""
-
 
 def _no_tokens() -> np.ndarray:
     return np.empty(0, dtype=np.int32)
@@ -211,28 +208,37 @@ def require_row(packed: PackedTokens, sequence_length: int, split: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- prompts
 
 
-def validation_prompts(packed: PackedTokens, prompt_length: int, num_prompts: int, seed: int = 0) -> list[np.ndarray]:
-    """Prompts of `prompt_length` tokens cut from held-out documents, each int32 [prompt_length].
+def validation_prompts(
+    packed: PackedTokens, prompt_length: int, continuation_length: int, num_prompts: int, seed: int = 0
+) -> list[np.ndarray]:
+    """Prompts cut from held-out documents, with what follows: int32 [prompt_length + continuation_length] each.
 
     They come from as many different documents as there are, chosen evenly over the stream, and in the order of the
-    stream. A prompt lies within one document, does not contain its end of text, and starts at the start of the document
-    or of a line. Documents and places that leave `CONTINUATION_ROOM` tokens of the document after the prompt come
-    first; where too few do, any will serve, and where lines are too few, prompts start anywhere. The same arguments
-    give the same prompts, and no two start at the same token.
+    stream. A prompt and its continuation lie within one document and do not contain its end of text. A prompt starts at
+    the start of the document or of a line; where lines are too few, anywhere. The same arguments give the same prompts,
+    and no two start at the same token.
+
+    Args:
+        packed: the held-out stream.
+        prompt_length: tokens in a prompt.
+        continuation_length: tokens of the document after it; may be 0.
+        num_prompts: how many.
+        seed: decides documents and places.
 
     Raises:
         DataError: the documents have too few tokens for that many prompts of that length.
-        ValueError: `prompt_length` or `num_prompts` is below 1.
+        ValueError: `prompt_length` or `num_prompts` is below 1, or `continuation_length` negative.
     """
-    if prompt_length < 1 or num_prompts < 1:
-        raise ValueError(f"prompt_length and num_prompts must be at least 1, got {prompt_length} and {num_prompts}")
+    if prompt_length < 1 or num_prompts < 1 or continuation_length < 0:
+        raise ValueError(
+            "prompt_length and num_prompts must be at least 1 and continuation_length at least 0, "
+            f"got {prompt_length}, {num_prompts} and {continuation_length}"
+        )
+    length = prompt_length + continuation_length
     random = np.random.default_rng(seed)
     ends = np.flatnonzero(np.diff(packed.document_ids, append=-1))  # where each document's end of text is
     starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts
-    num_long = int((lengths >= prompt_length + CONTINUATION_ROOM).sum())
-    shortest = prompt_length + CONTINUATION_ROOM if num_long >= num_prompts else prompt_length
-    documents = np.flatnonzero(lengths >= shortest)
+    documents = np.flatnonzero(ends - starts >= length)
     if len(documents) > num_prompts:  # one in each of num_prompts equal parts of the list
         part = len(documents) / num_prompts
         documents = documents[np.floor(random.uniform(0, part) + part * np.arange(num_prompts)).astype(np.int64)]
@@ -241,25 +247,25 @@ def validation_prompts(packed: PackedTokens, prompt_length: int, num_prompts: in
         (rank > 0, kind, rank, place)
         for document in documents
         for rank, (kind, place) in enumerate(
-            _prompt_places(packed, int(starts[document]), int(ends[document]), prompt_length, num_prompts, random)
+            _prompt_places(packed, int(starts[document]), int(ends[document]), length, num_prompts, random)
         )
     ]
     found = sorted(place for *_, place in sorted(candidates)[:num_prompts])
     if len(found) < num_prompts:
         raise DataError(
-            f"the held-out documents have room for {len(found)} prompts of {prompt_length} tokens, and {num_prompts} "
-            "are wanted; ask for fewer or shorter prompts, or set a larger data.validation_share"
+            f"prompts wanted: {num_prompts}, of {prompt_length} tokens, each followed by {continuation_length} more in "
+            f"its document; the held-out documents have room for {len(found)}. Ask for fewer prompts, shorter ones or "
+            "fewer new tokens, or set a larger data.validation_share"
         )
-    return [packed.token_ids[start : start + prompt_length].copy() for start in found]
+    return [packed.token_ids[start : start + length].copy() for start in found]
 
 
 def _prompt_places(
-    packed: PackedTokens, start: int, end: int, prompt_length: int, at_most: int, random: np.random.Generator
+    packed: PackedTokens, start: int, end: int, length: int, at_most: int, random: np.random.Generator
 ) -> list[tuple[int, int]]:
     """(kind, place) for up to `at_most` places in the document of tokens start..end-1, best (lowest) kind first."""
-    places = np.arange(start, end - prompt_length + 1)
+    places = np.arange(start, end - length + 1)
     at_line = np.isin(packed.token_ids[places - 1], packed.line_end_ids) | (places == start)
-    has_room = places + prompt_length + CONTINUATION_ROOM <= end
-    kinds = 2 * ~at_line + ~has_room
+    kinds = (~at_line).astype(np.int64)
     order = np.lexsort([random.random(len(places)), kinds])[:at_most]
     return list(zip(kinds[order].tolist(), places[order].tolist(), strict=True))

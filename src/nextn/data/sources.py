@@ -2,8 +2,8 @@
 
 Every source yields `SourceText` in an order that depends on names only, never on the file system. Text is taken as it
 stands (line ends included); only a leading byte-order mark is removed. Compressed files (`.gz`) are read as what they
-contain. What a user named is read whole or refused with an error; of the Python sources, which nobody picked one by
-one, a file that is not UTF-8 is left out and reported.
+contain. A file that a user named is read whole or refused with an error; of a folder and of the Python sources, whose
+files nobody picked one by one, a file that cannot be read or is not UTF-8 is left out and reported.
 """
 
 from __future__ import annotations
@@ -55,18 +55,31 @@ class SourceText:
 
 @dataclass(frozen=True)
 class DroppedFile:
-    """A file that was found and left out, with the reason in words; `num_bytes` is its size."""
+    """A file that was found and left out (or left off), with the reason in words; `num_bytes` is its size."""
 
     name: str
     num_bytes: int
     reason: str
 
 
+class UnreadableFileError(DataError):
+    """One file cannot be read as text; `reason` says why without naming the path, for provenance."""
+
+    def __init__(self, path: Path, reason: str, advice: str = "") -> None:
+        super().__init__(f"{path}: {reason}{advice}")
+        self.reason = reason
+
+
+def is_path(corpus: str) -> bool:
+    """True iff a corpus of that name is looked for in the file system."""
+    return corpus not in (PYTHON_STDLIB, PYTHON_INSTALLED) and not corpus.startswith(HUB_PREFIX)
+
+
 def read_source(corpus: str, text_field: str, dropped: list[DroppedFile]) -> Iterator[SourceText]:
     """The texts of a corpus by name (see `nextn.data.corpora.load_corpus`); files left out are appended to `dropped`.
 
     Raises:
-        DataError: nothing has that name, or a file of the user's cannot be read as text.
+        DataError: nothing has that name, or a single file that it names cannot be read as text.
     """
     if corpus == PYTHON_STDLIB:
         return _stdlib_sources(dropped)
@@ -75,13 +88,14 @@ def read_source(corpus: str, text_field: str, dropped: list[DroppedFile]) -> Ite
     if corpus.startswith(HUB_PREFIX):
         return _hub_rows(corpus.removeprefix(HUB_PREFIX), text_field)
     path = Path(corpus).expanduser()
-    if path.is_dir():
-        return _folder_texts(path, text_field)
+    if corpus and path.is_dir():
+        return _folder_texts(path, text_field, dropped)
     if path.is_file():
         return _file_texts(path, path.name, text_field)
     message = (
-        f"data.corpus = {corpus!r} is neither a known corpus nor an existing path. It may be {PYTHON_STDLIB}, "
-        f"{PYTHON_INSTALLED}, hf:NAME[:SPLIT], or the path of a text file, folder or .jsonl file"
+        f"data.corpus = {corpus!r} is neither a known corpus nor an existing path"
+        f"{'' if path.is_absolute() else f' below {Path.cwd()}'}. It may be {PYTHON_STDLIB}, {PYTHON_INSTALLED}, "
+        "hf:NAME[:SPLIT], or the path of a text file, folder or .jsonl file"
     )
     nearest = difflib.get_close_matches(corpus, [PYTHON_STDLIB, PYTHON_INSTALLED], n=1)
     raise DataError(message + (f"; did you mean {nearest[0]!r}?" if nearest else ""))
@@ -156,19 +170,13 @@ def _python_texts(root: Path, names: Iterable[str], dropped: list[DroppedFile]) 
         path = root / name
         if not path.is_file():  # listed by its package, removed since
             continue
-        content = _read_bytes(path)
-        try:
-            text = content.decode("utf-8").removeprefix("\ufeff")
-        except UnicodeDecodeError:
-            dropped.append(DroppedFile(name, len(content), "not UTF-8"))
-            continue
-        yield SourceText(file=name, name=name, text=text)
+        yield from _text_or_dropped(path, name, "", dropped)
 
 
 # --------------------------------------------------------------------------------------------------- files and folders
 
 
-def _folder_texts(root: Path, text_field: str) -> Iterator[SourceText]:
+def _folder_texts(root: Path, text_field: str, dropped: list[DroppedFile]) -> Iterator[SourceText]:
     """Every file below `root` with a suffix of `TEXT_SUFFIXES`; hidden files and folders are not entered."""
     names = [
         name for name in _files_below(root, skip=lambda part: part.startswith(".")) if _suffix(name) in TEXT_SUFFIXES
@@ -179,7 +187,19 @@ def _folder_texts(root: Path, text_field: str) -> Iterator[SourceText]:
             "(also with .gz added)"
         )
     for name in names:
-        yield from _file_texts(root / name, name, text_field)
+        yield from _text_or_dropped(root / name, name, text_field, dropped)
+
+
+def _text_or_dropped(path: Path, name: str, text_field: str, dropped: list[DroppedFile]) -> Iterator[SourceText]:
+    """The texts of one file among many; one that cannot be read is dropped, a JSONL file from the bad line on."""
+    try:
+        yield from _file_texts(path, name, text_field)
+    except UnreadableFileError as error:
+        try:
+            num_bytes = path.stat().st_size
+        except OSError:
+            num_bytes = 0
+        dropped.append(DroppedFile(name, num_bytes, error.reason))
 
 
 def _file_texts(path: Path, name: str, text_field: str) -> Iterator[SourceText]:
@@ -282,15 +302,16 @@ def _read_lines(path: Path) -> Iterator[bytes]:
         with _open(path) as file:
             yield from file
     except (EOFError, zlib.error, OSError) as error:  # EOFError, zlib.error: truncated or damaged .gz
-        raise DataError(f"{path}: cannot be read ({error})") from error
+        raise UnreadableFileError(path, f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
 def _read_bytes(path: Path) -> bytes:
     return b"".join(_read_lines(path))
 
 
-def _not_utf8(path: Path, offset: int, byte: int, detail: str = "") -> DataError:
-    return DataError(
-        f"{path}: byte 0x{byte:02x} at offset {offset}{detail} is not UTF-8. Convert the file, for example with "
-        "iconv -f LATIN1 -t UTF-8, or leave it out of the corpus"
+def _not_utf8(path: Path, offset: int, byte: int, detail: str = "") -> UnreadableFileError:
+    return UnreadableFileError(
+        path,
+        f"byte 0x{byte:02x} at offset {offset}{detail} is not UTF-8",
+        ". Convert the file, for example with iconv -f LATIN1 -t UTF-8, or leave it out of the corpus",
     )

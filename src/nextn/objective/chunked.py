@@ -200,7 +200,7 @@ def _one_depth(
     buffer = states.new_empty(min(chunk_size, num_positions), vocab_size) if with_gradients else None
     for first in range(0, num_positions, chunk_size):
         chunk = slice(first, min(first + chunk_size, num_positions))
-        for block in _blocks(chunk, vocab_size):
+        for block in _blocks(chunk, vocab_size, states.device):
             logits = _exact(torch.nn.functional.linear(states[block], weight, bias))
             ids, factors = labels[block].clamp(min=0), coefficients[block]
             nats, log_sum = _cross_entropy(logits, ids)
@@ -223,8 +223,9 @@ def _one_depth(
     return loss, states_gradient
 
 
-def _blocks(chunk: slice, vocab_size: int) -> Iterator[slice]:
-    num_rows = max(BLOCK_BYTES // (4 * vocab_size), 16)
+def _blocks(chunk: slice, vocab_size: int, device: torch.device) -> Iterator[slice]:
+    """Parts of a chunk whose softmax stays in the processor's cache; a GPU takes the chunk whole."""
+    num_rows = max(BLOCK_BYTES // (4 * vocab_size), 16) if device.type == "cpu" else chunk.stop - chunk.start
     for first in range(chunk.start, chunk.stop, num_rows):
         yield slice(first, min(first + num_rows, chunk.stop))
 

@@ -15,7 +15,6 @@ from markupsafe import Markup
 
 from nextn import checkpoint
 from nextn.config import Recipe
-from nextn.report import plots
 from nextn.report.schema import DecodingArm, RunReport, Sample
 from nextn.tables import flattened
 
@@ -46,7 +45,8 @@ def render(report: RunReport) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "percent": percent, "fixed": fixed, "count": count, "duration": duration, "visible": visible,
+        "percent": percent, "fixed": fixed, "count": count, "duration": duration, "plural": plural,
+        "visible": visible,
     }  # fmt: skip
     template = environment.from_string(
         importlib.resources.files("nextn.report").joinpath("report.html.j2").read_text(encoding="utf-8")
@@ -61,6 +61,7 @@ def render(report: RunReport) -> str:
         sample_groups=_group_by_prompt(report.samples),
         used_depths=sorted({piece.depth for sample in report.samples for piece in sample.pieces}),
         longest=longest,
+        expert_loads=expert_loads(report.training.history),
         settings=list(settings_rows(report.settings, Recipe)),
         provenance=[(name, plain(value)) for name, value in flattened(report.provenance)],
     )
@@ -87,7 +88,8 @@ def headline(report: RunReport) -> list[str]:
     lengths = " and ".join(f"{fixed(arm.mean_acceptance_length)} ({manner(arm)})" for arm in report.arms)
     speeds = " and ".join(f"{fixed(arm.speedup.median)} times ({arm.name})" for arm in report.arms)
     sentences += [
-        f"Drafting {drafted} tokens at a time to continue held-out text, it emits {lengths} tokens per trunk forward.",
+        f"Drafting {drafted} {'token' if drafted == '1' else 'tokens'} at a time to continue held-out text, it emits "
+        f"{lengths} tokens per trunk forward.",
         f"By the clock, it decodes at {speeds} the speed of plain decoding in the same run.",
     ]
     if any(arm.speedup.median < 1 for arm in report.arms):
@@ -183,6 +185,15 @@ def count(number: int) -> str:
     return str(number)
 
 
+def plural(number: int, noun: str) -> str:
+    """A count with its noun.
+
+    >>> plural(1, "prompt"), plural(2, "prompt")
+    ('1 prompt', '2 prompts')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """`251.0` as `4 min 11 s`."""
     minutes, rest = divmod(round(seconds), 60)
@@ -201,8 +212,23 @@ def plain(value: Any) -> str:
     return "none" if isinstance(value, Mapping) else visible(str(value))
 
 
+def expert_loads(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[float]]]:
+    """Every layer with experts, and the loads of its experts relative to their mean, at the last evaluation."""
+    evaluations = [line for line in history if line["kind"] == "evaluation" and line.get("expert_load")]
+    if not evaluations:
+        return []
+    rows = []
+    for name, shares in evaluations[-1]["expert_load"].items():
+        number = int(next(part for part in name.split(".") if part.isdigit()))
+        layer = f"trunk layer {number}" if name.startswith("trunk.") else f"MTP module {number + 1}"
+        rows.append((layer, [share * len(shares) for share in shares]))
+    return rows
+
+
 def _plots(report: RunReport) -> dict[str, Markup]:
     """Plots by name; one that has nothing to show is left out."""
+    from nextn.report import plots  # matplotlib is slow to import, and only a report needs it
+
     svgs: dict[str, str | None] = {"experts": plots.expert_load_plot(report.training.history)}
     if report.training.history:
         svgs["loss"] = plots.loss_plot(report.training.history)

@@ -29,8 +29,7 @@ class HeldOutPrompts:
 
 def held_out_prompts(validation: PackedTokens, config: EvaluationConfig) -> HeldOutPrompts:
     """`num_prompts` prompts of `prompt_length` tokens, each with the `max_new_tokens` that follow in its document."""
-    length = config.prompt_length + config.max_new_tokens
-    spans = validation_prompts(validation, length, config.num_prompts)
+    spans = validation_prompts(validation, config.prompt_length, config.max_new_tokens, config.num_prompts)
     return HeldOutPrompts(
         prompts=tuple(span[: config.prompt_length].tolist() for span in spans),
         continuations=tuple(span[config.prompt_length :].tolist() for span in spans),

@@ -224,21 +224,26 @@ def tok_per_s_plot(arms: Sequence[DecodingArm]) -> str:
 
 @_styled
 def expert_load_plot(history: Sequence[Mapping[str, Any]]) -> str | None:
-    """Load of the busiest expert of the worst layer over the mean load; None for a dense model."""
-    lines = [line for line in history if line["kind"] == "train" and line.get("expert_load_max_over_mean") is not None]
+    """Load of the busiest expert over the mean load, in the worst layer and the median one; None for a dense model."""
+    lines = [line for line in history if line["kind"] == "train" and line.get("expert_load_max_over_mean")]
     if not lines:
         return None
     figure, axes = _figure()
     scale, unit = _token_unit(lines[-1]["num_tokens"])
-    loads = [line["expert_load_max_over_mean"] for line in lines]
+    ratios = [sorted(line["expert_load_max_over_mean"].values()) for line in lines]
+    loads, medians = [layers[-1] for layers in ratios], [statistics.median(layers) for layers in ratios]
     tokens = [line["num_tokens"] / scale for line in lines]
     axes.plot(tokens, loads, color=_depth_colour(0), linewidth=0.7, alpha=0.35)
-    axes.plot(tokens, _running_mean(loads), color=_depth_colour(0), linewidth=1.8)
+    axes.plot(tokens, _running_mean(loads), color=_depth_colour(0), linewidth=1.8, label="worst layer")
+    axes.plot(
+        tokens, _running_mean(medians), color=_depth_colour(0), linewidth=1.2, linestyle="--", label="median layer"
+    )
+    axes.legend(frameon=False, loc="upper right", fontsize=11)
     axes.axhline(1.0, color=_MUTED, linewidth=1, linestyle=(0, (2, 2)))
     axes.annotate("1 = perfectly even", (0.02, 1.0), (0, -4), xycoords=("axes fraction", "data"),
                   textcoords="offset points", va="top", color=_MUTED, fontsize=11)  # fmt: skip
     axes.set_xlim(left=0, right=tokens[-1] * 1.03)
-    axes.set_ylim(bottom=min(0.75, min(loads) * 0.9))
+    axes.set_ylim(bottom=min(0.75, min(medians) * 0.9))
     axes.set_xlabel(f"trained tokens ({unit})")
     axes.set_ylabel("busiest expert / mean load")
     return _svg(figure, "experts", f"Busiest expert: at first {loads[0]:.2f}, at last {loads[-1]:.2f} times the mean")

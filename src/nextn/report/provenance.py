@@ -43,7 +43,7 @@ def collect(
         What cannot be found out is None.
     """
     return {
-        "time_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "time_utc": _now(),
         "command": [without_absolute_paths(argument) for argument in _command(sys.argv)],
         "seed": seed,
         "nextn": {"version": _version("nextn"), **git_state(Path(nextn.__file__).parent)},
@@ -51,6 +51,11 @@ def collect(
         "machine": machine(torch.device(device)),
         "corpus": dict(corpus or {}),
     }
+
+
+def measuring_moment() -> dict[str, Any]:
+    """What a measurement made now adds to the provenance of the run it measures: `time_utc` and `num_threads`."""
+    return {"time_utc": _now(), "num_threads": torch.get_num_threads()}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -99,6 +104,10 @@ def without_absolute_paths(text: str) -> str:
     'recipes/demo.toml'
     """
     return _ABSOLUTE_PATH.sub(r"…/\1", text)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _command(arguments: Sequence[str]) -> list[str]:

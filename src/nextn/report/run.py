@@ -11,7 +11,9 @@ import torch
 from nextn.config import Recipe
 from nextn.mtp import MTPModel
 from nextn.mtp.cost import model_cost
+from nextn.report.html import plural
 from nextn.report.measurement import ARMS, held_out_prompts, mean_repeated_share, measure_arm
+from nextn.report.provenance import measuring_moment
 from nextn.report.schema import (
     DataFacts,
     DecodingArm,
@@ -49,10 +51,12 @@ def report_of_run(
         model: the trained model, in evaluation mode, tokenizer attached.
         recipe: resolved settings of the run.
         data: what it was trained on and what was held out.
-        provenance: as `provenance.collect` gives it; `training_cost` holds step times measured beside K = 0, if any.
+        provenance: of the training, as `provenance.collect` gives it; `training_cost` holds step times measured beside
+            K = 0, if any. The report adds the moment of measuring as `measured`.
         num_repeats: timed pairs per arm.
         progress: called 2 * num_repeats times per arm.
     """
+    measured = measuring_moment()
     history = tuple(read_metrics(run_folder / "metrics.jsonl"))
     last_train = [record for record in history if record["kind"] == "train"][-1]
     last_evaluation = [record for record in history if record["kind"] == "evaluation"][-1]
@@ -82,7 +86,7 @@ def report_of_run(
         samples=tuple(samples),
         notes=_notes(recipe, num_repeats, arms, last_evaluation["loss_per_depth"]),
         settings=to_table(recipe),
-        provenance=_without_files(provenance),
+        provenance=_without_files(provenance) | {"measured": measured},
     )
 
 
@@ -92,9 +96,10 @@ def _notes(recipe: Recipe, num_repeats: int, arms: list[DecodingArm], loss_per_d
     notes = []
     if arms:
         notes += [
-            f"Decoding was measured on {evaluation.num_prompts} prompts of {evaluation.prompt_length} tokens from "
-            f"files held out of training, {evaluation.max_new_tokens} new tokens each, {num_repeats} repeats, in "
-            f"float32 on {torch.get_num_threads()} CPU threads.",
+            f"Decoding was measured on {plural(evaluation.num_prompts, 'prompt')} of "
+            f"{plural(evaluation.prompt_length, 'token')} from files held out of training, "
+            f"{plural(evaluation.max_new_tokens, 'new token')} each, {plural(num_repeats, 'repeat')}, in float32 on "
+            f"{plural(torch.get_num_threads(), 'CPU thread')}.",
             "The baseline is this library's own plain cached decoding of the same weights in the same process, repeats "
             "in turn. Acceptance is not speed.",
         ]

@@ -4,8 +4,8 @@ from nextn.training.evaluation import TeacherForcedEvaluation, evaluate_teacher_
 from nextn.training.hardware import Precision, resolve_precision
 from nextn.training.metrics import read_metrics
 from nextn.training.optimizer import TrainingOptimizer, learning_rate_factor
-from nextn.training.prepare import PreparedData, fit_vocabulary, new_model, prepare_data
-from nextn.training.state import read_recipe
+from nextn.training.prepare import PreparedData, check_recipe, fit_vocabulary, new_model, prepare_data, prepare_held_out
+from nextn.training.state import check_run_folder, read_recipe, remove_run
 from nextn.training.timing import time_steps
 from nextn.training.trainer import Trainer, TrainingResult
 
@@ -16,13 +16,17 @@ __all__ = [
     "Trainer",
     "TrainingOptimizer",
     "TrainingResult",
+    "check_recipe",
+    "check_run_folder",
     "evaluate_teacher_forced",
     "fit_vocabulary",
     "learning_rate_factor",
     "new_model",
     "prepare_data",
+    "prepare_held_out",
     "read_metrics",
     "read_recipe",
+    "remove_run",
     "resolve_precision",
     "time_steps",
 ]

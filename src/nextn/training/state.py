@@ -15,7 +15,9 @@ import hashlib
 import random
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +103,31 @@ def remove_old_checkpoints(run_folder: Path, keep: int) -> None:
     """Remove all but the `keep` latest checkpoints, and what a killed run left half-written or half-removed."""
     for path in list_checkpoints(run_folder)[:-keep]:
         _remove(path)
-    folder = run_folder / "checkpoints"
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.is_dir() and re.match(r"\.(removed-)?step-\d{8}", path.name):  # names only nextn gives
+    _remove_leftovers(run_folder / "checkpoints")
+
+
+def remove_run(run_folder: Path) -> None:
+    """Remove what training wrote into a run folder and nothing else: files that a user put there stay.
+
+    The recipe goes last, so that a removal cut short can be called again.
+    """
+    for path in list_checkpoints(run_folder):
+        _remove(path)
+    _remove_leftovers(run_folder / "checkpoints")
+    events = run_folder / "tensorboard"
+    for path in events.glob("events.out.tfevents.*"):
+        path.unlink()
+    for folder in (run_folder / "checkpoints", events):
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+            folder.rmdir()
+    for name in ("metrics.jsonl", "provenance.json", "recipe.json"):
+        (run_folder / name).unlink(missing_ok=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove folders under the names that only nextn gives: checkpoints half-written or half-removed."""
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_dir() and re.match(r"\.(removed-)?step-\d{8}", path.name):
             shutil.rmtree(path)
 
 
@@ -123,25 +147,27 @@ def restore(path: Path, state: RunState, train_tokens_sha256: str) -> None:
         CheckpointError: a file is missing, damaged or of another format or model.
         DataError: the training tokens are not those of the checkpoint.
     """
-    table = read_json(path / "training_state.json")
+    with _way_out_of_damage(path):
+        table = read_json(path / "training_state.json")
     if not isinstance(table, dict) or table.get("format") != STATE_FORMAT:
         raise CheckpointError(
             f"{path / 'training_state.json'} has format {table.get('format') if isinstance(table, dict) else None}, "
             f"this version of nextn reads {STATE_FORMAT}; resume with the version that wrote it (see provenance.json)"
         )
-    if missing := sorted(STATE_KEYS - table.keys()):
-        raise CheckpointError(f"{path / 'training_state.json'} lacks {', '.join(missing)}")
+    with _way_out_of_damage(path):
+        if missing := sorted(STATE_KEYS - table.keys()):
+            raise CheckpointError(f"{path / 'training_state.json'} lacks {', '.join(missing)}")
+        tensors = read_tensors(path / "training_state.safetensors")
+        if sorted(tensors) != table["tensors"]:
+            raise CheckpointError(
+                f"{path / 'training_state.safetensors'} does not hold the tensors training_state.json names"
+            )
+        saved = load_model(path).state_dict()
     if table["train_tokens_sha256"] != train_tokens_sha256:
         raise DataError(
             f"the training tokens differ from those {path} was trained on: the corpus or the tokenizer has changed; "
             "resume with the same data, or start a new run folder"
         )
-    tensors = read_tensors(path / "training_state.safetensors")
-    if sorted(tensors) != table["tensors"]:
-        raise CheckpointError(
-            f"{path / 'training_state.safetensors'} does not hold the tensors training_state.json names"
-        )
-    saved = load_model(path).state_dict()
     try:
         state.model.load_state_dict(saved)
     except RuntimeError as error:
@@ -152,6 +178,18 @@ def restore(path: Path, state: RunState, train_tokens_sha256: str) -> None:
     for name, value in table["clock"].items():
         setattr(state.clock, name, value)
     _set_random_state(tensors, table["random"])
+
+
+@contextmanager
+def _way_out_of_damage(path: Path) -> Iterator[None]:
+    """Adds to an error about a file of the checkpoint at `path` how to go on without that checkpoint."""
+    try:
+        yield
+    except (CheckpointError, DataError) as error:
+        raise CheckpointError(
+            f"{error}. To go on from the checkpoint before it (from the start, if it is the first), delete or rename "
+            f"the folder {path}"
+        ) from None
 
 
 def tokens_sha256(tokens: PackedTokens) -> str:
@@ -170,6 +208,33 @@ def read_recipe(path: Path) -> Recipe:
         return from_table(Recipe, table)
     except ConfigError as error:
         raise CheckpointError(f"{path} does not hold a recipe that this version of nextn reads: {error}") from None
+
+
+def check_run_folder(run_folder: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Refuse what `Trainer.train` would refuse about its folder, before any data is read.
+
+    Args:
+        run_folder: where the run is to be.
+        recipe: its settings; a `model.vocab_size` of 0, which only the tokenizer can tell, is not compared.
+        resume: as in `Trainer.train`.
+
+    Raises:
+        ConfigError: not resuming and the folder holds a run, or resuming with other settings.
+        CheckpointError: resuming and the folder holds no run.
+    """
+    path = run_folder / "recipe.json"
+    if not resume:
+        if path.exists() or list_checkpoints(run_folder):
+            raise ConfigError(
+                f"{run_folder} already holds a run; resume it, or choose another folder (nothing is overwritten)"
+            )
+        return
+    if not path.exists():
+        raise CheckpointError(f"nothing to resume: {run_folder} holds no recipe.json; start the run without resume")
+    found = read_recipe(path)
+    if recipe.model.vocab_size == 0:
+        recipe = replace(recipe, model=replace(recipe.model, vocab_size=found.model.vocab_size))
+    check_same_recipe(found, recipe, path)
 
 
 def check_same_recipe(found: Recipe, wanted: Recipe, path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from nextn.checkpoint import list_checkpoints, make_folder, write_json
 from nextn.config import Recipe
 from nextn.data import PackedTokens, RowSampler, token_importance, validation_rows
-from nextn.errors import CheckpointError, ConfigError, DivergenceError
+from nextn.errors import CheckpointError, DivergenceError
 from nextn.model.balancing import update_routing_biases
 from nextn.model.device import resolve_device
 from nextn.mtp import MTPModel
@@ -26,12 +26,12 @@ from nextn.training.evaluation import evaluate_teacher_forced
 from nextn.training.hardware import require_compiler, resolve_precision
 from nextn.training.metrics import MetricsWriter, read_metrics, require_tensorboard
 from nextn.training.optimizer import TrainingOptimizer
+from nextn.training.prepare import check_recipe
 from nextn.training.progress import TrainingProgress
 from nextn.training.state import (
     RunState,
     TrainingClock,
-    check_same_recipe,
-    read_recipe,
+    check_run_folder,
     remove_old_checkpoints,
     restore,
     save_checkpoint,
@@ -90,6 +90,7 @@ class Trainer:
         console: where progress goes; None: standard error.
 
     Raises:
+        ConfigError: settings that contradict the scheme.
         DeviceError: the device or precision asked for is not here, or compiling was asked for and no compiler is.
         DataError: the corpus is shorter than a row.
     """
@@ -107,6 +108,7 @@ class Trainer:
         console: Console | None = None,
     ) -> None:
         training, data = recipe.training, recipe.data
+        check_recipe(recipe)
         self.recipe, self.run_folder = recipe, Path(run_folder)
         self.evaluate, self.provenance, self.console = evaluate, provenance, console
         self.device = resolve_device(training.device)
@@ -143,6 +145,7 @@ class Trainer:
         """
         self.model.train()
         seed_generators(self.recipe.training.seed)
+        check_run_folder(self.run_folder, self.recipe, resume=resume)
         self._resume() if resume else self._begin()
         clock, num_steps = self.state.clock, self.recipe.training.num_steps
         resumed_at = clock.step
@@ -151,7 +154,9 @@ class Trainer:
         try:
             with progress:
                 how = f"{self.device}, {self.precision.name} ({self.precision.reason})"
-                progress.say(f"{resumed_at} of {num_steps} steps done, {'resuming' if resume else 'starting'} on {how}")
+                then = f"{'resuming' if resume else 'starting'} on {how}"
+                then = then if resumed_at < num_steps else "nothing is left to train"
+                progress.say(f"{resumed_at} of {num_steps} steps done, {then}")
                 self._loop(metrics, progress)
         finally:
             metrics.close()
@@ -165,21 +170,11 @@ class Trainer:
         )
 
     def _begin(self) -> None:
-        if (self.run_folder / "recipe.json").exists() or list_checkpoints(self.run_folder):
-            raise ConfigError(
-                f"{self.run_folder} already holds a run; resume it, or choose another folder (nothing is overwritten)"
-            )
         make_folder(self.run_folder)
         write_json(self.run_folder / "provenance.json", self.provenance)
         write_json(self.run_folder / "recipe.json", to_table(self.recipe))
 
     def _resume(self) -> None:
-        recipe_path = self.run_folder / "recipe.json"
-        if not recipe_path.exists():
-            raise CheckpointError(
-                f"nothing to resume: {self.run_folder} holds no recipe.json; start the run without resume"
-            )
-        check_same_recipe(read_recipe(recipe_path), self.recipe, recipe_path)
         checkpoints = list_checkpoints(self.run_folder)
         if checkpoints:
             restore(checkpoints[-1], self.state, self._train_tokens_sha256)
