@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -150,9 +151,12 @@ def measure(recipe: Recipe, data: PreparedData, folder: Path, rates: list[float]
 
 
 def print_tables(results: dict[str, dict[str, Any]]) -> None:
-    console = Console()
+    console = Console(width=None if Console().is_terminal else 140)
     first = next(iter(results.values()))
-    training = Table(title=f"held-out loss by depth (nats) after {first['num_tokens']:,} tokens, and cost of training")
+    training = Table(
+        title=f"held-out loss by depth (nats) after {first['num_tokens']:,} tokens, and cost of training",
+        box=box.SIMPLE,
+    )
     for heading in ("scheme", "depth 0", "1", "2", "3", "MTP parameters", "FLOPs", "tokens/s", "range"):
         training.add_column(heading, justify="right")
     for scheme, row in results.items():
@@ -168,7 +172,7 @@ def print_tables(results: dict[str, dict[str, Any]]) -> None:
             f"{low:,.0f}-{high:,.0f}",
         )
     console.print(training)
-    decoding = Table(title="decoding held-out prompts, N = K, speculative beside plain in turn")
+    decoding = Table(title="decoding held-out prompts, N = K, speculative beside plain in turn", box=box.SIMPLE)
     for heading in (
         "scheme",
         "arm",
