@@ -32,8 +32,8 @@ format: $(STAMP_DEV)  ## Rewrite the sources as ruff formats them.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: $(STAMP_RUN)  ## Cost of MTP in training: step times, predicted and measured, and a profile.
-	$(BIN)/python benchmarks/mtp_training_cost.py
+benchmark: $(STAMP_RUN)  ## Cost of a training step: ours beside transformers, K = 0..4, three vocabularies (ten minutes).
+	$(BIN)/python benchmarks/train_step.py --profile
 
 clean:  ## Remove the virtual environment and caches; runs stay.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build src/*.egg-info

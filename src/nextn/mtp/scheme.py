@@ -143,5 +143,5 @@ class Scheme(nn.Module, abc.ABC):
             context = new_context(aligned.num_positions, documents)
             state = self.step(trunk, depth, aligned.cut(carry), aligned.embedded_ids, context)
             head_inputs.append(state.head_input)
-            carry = state.carry.detach() if detach.between_depths else state.carry
+            carry = state.carry.detach() if detach.between_depths and self.is_chain else state.carry
         return head_inputs

@@ -114,7 +114,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What `_ChunkedLosses` needs beside tensors with gradients."""
+    """What `_ChunkedLosses` needs beside tensors with gradients; lists have one entry per depth."""
 
     head_of_depth: list[int]
     labels: list[Tensor]
@@ -124,54 +124,61 @@ class _Plan:
     with_gradients: bool
 
 
+@dataclass(frozen=True)
+class _Head:
+    """Weight [V, C] and bias [V] in the dtype of products, and where their gradients are added up, if wanted."""
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_gradient: Tensor | None
+    bias_gradient: Tensor | None
+
+
 class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`tensors`: the states of every depth, then weight and bias of every head."""
         num_depths = len(plan.head_of_depth)
-        hidden, parameters = tensors[:num_depths], tensors[num_depths:]
         needed = [plan.with_gradients and need for need in ctx.needs_input_grad[1:]]
-        gradients = [
-            torch.zeros_like(tensor) if tensor is not None and need and place >= num_depths else None
-            for place, (tensor, need) in enumerate(zip(tensors, needed, strict=True))
-        ]
+        gradients: list[Tensor | None] = [None] * len(tensors)
+        heads = []
+        for place in range(num_depths, len(tensors), 2):
+            weight, bias = tensors[place], tensors[place + 1]
+            assert weight is not None
+            gradients[place] = torch.zeros_like(weight) if needed[place] else None
+            gradients[place + 1] = torch.zeros_like(bias) if bias is not None and needed[place + 1] else None
+            cast_bias = None if bias is None else _cast(bias)
+            heads.append(_Head(_cast(weight), cast_bias, gradients[place], gradients[place + 1]))
         sums = []
-        casts: dict[int, tuple[Tensor, Tensor | None]] = {}
         for depth, head in enumerate(plan.head_of_depth):
-            states = hidden[depth]
+            states = tensors[depth]
             assert states is not None
-            if head not in casts:
-                weight, bias = parameters[2 * head : 2 * head + 2]
-                assert weight is not None
-                casts[head] = _cast(weight), None if bias is None else _cast(bias)
-            place = num_depths + 2 * head
-            loss, gradients[depth] = _one_depth(
+            loss, gradient = _one_depth(
                 _cast(states.flatten(0, 1)),
-                *casts[head],
+                heads[head],
                 plan.labels[depth].flatten(),
                 plan.coefficients[depth].flatten(),
                 plan.weights[depth],
                 plan.chunk_size,
-                (gradients[place], gradients[place + 1]),
                 needed[depth],
             )
+            gradients[depth] = None if gradient is None else gradient.view_as(states)
             sums.append(loss)
-        losses = torch.stack(sums)
         total = sums[0] * plan.weights[0]
         for loss, weight_in_total in zip(sums[1:], plan.weights[1:], strict=True):
             total = total + loss * weight_in_total
-        ctx.gradients = [
-            None if grad is None or tensor is None else grad.view_as(tensor)
-            for grad, tensor in zip(gradients, tensors, strict=True)
-        ]
+        losses = torch.stack(sums)
+        ctx.gradients = gradients
         ctx.mark_non_differentiable(losses)
         return total, losses
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients are there; the engine casts those of states back to the states' dtype."""
         if ctx.gradients is None:
             raise RuntimeError("the chunked loss frees its gradients in the first backward pass; there is no second")
         gradients, ctx.gradients = ctx.gradients, None
-        return None, *(None if grad is None else grad.mul_(grad_total) for grad in gradients)
+        return None, *(None if gradient is None else gradient.mul_(grad_total) for gradient in gradients)
 
 
 def _cast(tensor: Tensor) -> Tensor:
@@ -182,26 +189,23 @@ def _cast(tensor: Tensor) -> Tensor:
 
 def _one_depth(
     states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: _Head,
     labels: Tensor,
     coefficients: Tensor,
     weight_in_total: float,
     chunk_size: int,
-    head_gradients: tuple[Tensor | None, Tensor | None],
     needs_states: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Weighted sum of cross-entropies, and the gradient of the states [n, C]; adds to the head's gradients in place."""
-    weight_gradient, bias_gradient = head_gradients
-    num_positions, vocab_size = len(states), len(weight)
-    loss = coefficients.new_zeros(()).to(torch.float64 if states.dtype == torch.float64 else torch.float32)
+    num_positions, vocab_size = len(states), len(head.weight)
+    loss = coefficients.new_zeros((), dtype=torch.float64 if states.dtype == torch.float64 else torch.float32)
     states_gradient = torch.empty_like(states) if needs_states else None
-    with_gradients = needs_states or weight_gradient is not None or bias_gradient is not None
+    with_gradients = needs_states or head.weight_gradient is not None or head.bias_gradient is not None
     buffer = states.new_empty(min(chunk_size, num_positions), vocab_size) if with_gradients else None
     for first in range(0, num_positions, chunk_size):
         chunk = slice(first, min(first + chunk_size, num_positions))
         for block in _blocks(chunk, vocab_size, states.device):
-            logits = _exact(torch.nn.functional.linear(states[block], weight, bias))
+            logits = _exact(torch.nn.functional.linear(states[block], head.weight, head.bias))
             ids, factors = labels[block].clamp(min=0), coefficients[block]
             nats, log_sum = _cross_entropy(logits, ids)
             loss += (nats * factors).sum()
@@ -210,16 +214,16 @@ def _one_depth(
                 probs = logits.sub_(log_sum).exp_()
                 probs.scatter_add_(1, ids[:, None], probs.new_full((len(ids), 1), -1.0))
                 probs.mul_((factors * weight_in_total)[:, None])
-                if bias_gradient is not None:
-                    bias_gradient += probs.sum(0)
+                if head.bias_gradient is not None:
+                    head.bias_gradient.add_(probs.sum(0))
                 buffer[block.start - first : block.stop - first].copy_(probs)
         if buffer is None:
             continue
         logit_gradients = buffer[: chunk.stop - first]
         if states_gradient is not None:
-            torch.mm(logit_gradients, weight, out=states_gradient[chunk])
-        if weight_gradient is not None:
-            _add_product(weight_gradient, logit_gradients.t(), states[chunk])
+            torch.mm(logit_gradients, head.weight, out=states_gradient[chunk])
+        if head.weight_gradient is not None:
+            _add_product(head.weight_gradient, logit_gradients.t(), states[chunk])
     return loss, states_gradient
 
 
