@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py                                  # the demo's shape; K = 0..4; V = 256, 8k, 50k
     python benchmarks/train_step.py --vocab 8192 --depths 0 1 --steps 9 --device cuda
-    python benchmarks/train_step.py --no-transformers --profile
+    python benchmarks/train_step.py --experts --profile              # ours alone, and where its time goes
 
 One step is forward, backward and fused AdamW on 4096 tokens, bfloat16 autocast, float32 weights. Both sides have the
 same weights and read the same tokens (random, with Zipf's frequencies); all variants of one vocabulary take turns in
@@ -57,8 +57,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of a row (T)")
     parser.add_argument("--steps", type=int, default=7, help="timed steps per variant, after two others")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--experts", default="grouped_mm", help="transformers' experts: grouped_mm, batched_mm, eager")
-    parser.add_argument("--no-transformers", action="store_true", help="ours alone")
+    parser.add_argument(
+        "--experts",
+        nargs="*",
+        default=["grouped_mm", "eager"],
+        help="transformers' implementations of experts; none: ours alone",
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out the measurement of peak memory")
     parser.add_argument("--profile", action="store_true", help="also show where our step at the second K goes")
     parser.add_argument("--set", dest="assignments", nargs="*", default=[], metavar="model.KEY=VALUE")
@@ -74,7 +78,7 @@ def main() -> None:
     for vocab_size in arguments.vocab:
         config = load_recipe(DEMO_RECIPE, [*arguments.assignments, f"model.vocab_size={vocab_size}"]).model
         shape = (arguments.rows, arguments.length)
-        variants = build(config, arguments.depths, device, None if arguments.no_transformers else arguments.experts)
+        variants = build(config, arguments.depths, device, arguments.experts)
         measured = measure(variants, shape, arguments.steps, device, peak, not arguments.no_memory)
         print_steps(console, vocab_size, shape, measured)
         rows += measured
@@ -93,7 +97,6 @@ def main() -> None:
                 "steps": rows,
                 "loss_memory": memory,
                 "matmul_flops_per_s": peak,
-                "experts": arguments.experts,
                 "machine": machine["machine"],
                 "libraries": machine["libraries"],
             }
@@ -129,7 +132,7 @@ class Variant:
         return loss.item()
 
 
-def build(config: ModelConfig, depths: list[int], device: torch.device, experts: str | None) -> list[Variant]:
+def build(config: ModelConfig, depths: list[int], device: torch.device, experts: list[str]) -> list[Variant]:
     """Ours at every K, then transformers' with the same weights."""
     variants, peers = [], []
     for num_depths in depths:
@@ -143,18 +146,18 @@ def build(config: ModelConfig, depths: list[int], device: torch.device, experts:
             return out.loss
 
         variants.append(Variant("ours", ours, our_loss, ours, device))
-        if experts is not None:
+        for implementation in experts:
             from transformers_mtp import TransformersMTP
 
-            theirs = TransformersMTP(ours, experts).to(device)
+            theirs = TransformersMTP(ours, implementation).to(device)
 
             def their_loss(
                 input_ids: Tensor, theirs: TransformersMTP = theirs, weights: tuple[float, ...] = weights
             ) -> Tensor:
                 return theirs(input_ids, weights)
 
-            peers.append(Variant("transformers", theirs, their_loss, ours, device))
-    return variants + peers
+            peers.append(Variant(f"transformers, {implementation}", theirs, their_loss, ours, device))
+    return variants + sorted(peers, key=lambda peer: peer.name)
 
 
 def zipf_tokens(vocab_size: int, shape: tuple[int, int], device: torch.device, seed: int = 0) -> Tensor:

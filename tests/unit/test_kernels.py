@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nextn.model import kernels
 from nextn.model.context import document_mask
 from nextn.model.kernels import MaterialisedAttention, MaterialisedRMSNorm
 
@@ -17,8 +18,12 @@ def gradients(run, *inputs: torch.Tensor) -> list[torch.Tensor]:
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
+@pytest.mark.parametrize("query_block", [1, 4, 9, 64])
 @pytest.mark.parametrize("masked", [False, True])
-def test_materialised_attention_equals_the_stock_kernel(masked: bool):
+def test_materialised_attention_equals_the_stock_kernel_in_blocks_of_any_size(
+    masked: bool, query_block: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(kernels, "QUERY_BLOCK", query_block)
     torch.manual_seed(0)
     query, key = torch.randn(2, 2, 3, 9, 8, dtype=torch.float64)
     value = torch.randn(2, 3, 9, 5, dtype=torch.float64)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nextn.config import ModelConfig
 from nextn.model.cache import LayerCache
 from nextn.model.context import LayerContext
-from nextn.model.kernels import attention
+from nextn.model.kernels import attention, operand
 from nextn.model.norm import RMSNorm
 from nextn.model.rope import rotate, softmax_scale
 
@@ -45,6 +45,7 @@ class LatentAttention(nn.Module):
 
     def forward(self, hidden: Tensor, context: LayerContext, cache: LayerCache | None = None) -> Tensor:
         """[B, M, C] -> [B, M, C]; with a cache, writes this forward's latents first."""
+        hidden = operand(hidden)
         query_nope, query_rope = self._queries(hidden, context)
         latent = self._latent(hidden, context)
         if cache is None:

@@ -20,6 +20,15 @@ from torch import Tensor
 MAX_MATERIALISED_LENGTH = 1024
 """Longest row whose [T, T] attention weights are held in memory; beyond, the stock kernel's O(T) memory wins."""
 
+QUERY_BLOCK = 64
+"""Queries that go together in materialised attention: fewer save work above the diagonal, more make larger products."""
+
+
+def operand(tensor: Tensor) -> Tensor:
+    """In the dtype in which autocast multiplies, if it is on: cast once what several products read."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(scale * query key^T) value over the keys a query may see.
@@ -27,7 +36,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     Args:
         query, key: [B, H, T, D].
         value: [B, H, T, V].
-        mask: True where a query may look, bool, broadcastable to [B, H, T, T]; None: causal.
+        mask: True where a query may look, bool, broadcastable to [B, H, T, T], nowhere ahead of it; None: causal.
         scale: of the products.
 
     Returns:
@@ -49,28 +58,53 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
 
 
 class MaterialisedAttention(torch.autograd.Function):
-    """Attention whose weights are kept for the backward pass: four plain products instead of a recomputation."""
+    """Causal attention whose weights are kept for the backward pass: four plain products instead of a recomputation.
+
+    Queries go in blocks of `QUERY_BLOCK`, each against the keys up to its own end, so that most of what the causal mask
+    would throw away is never computed.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
         """[B, H, T, D] twice, [B, H, T, V] -> [B, H, T, V]; `bias` is 0 where a query may look and -inf elsewhere."""
-        scores = torch.matmul(query * scale, key.transpose(-1, -2)).add_(bias)
-        weights = scores.softmax(dim=-1)
-        out = torch.matmul(weights, value)
-        ctx.save_for_backward(query, key, value, weights, out)
-        ctx.scale = scale
-        return out
+        shape = query.shape[:2]
+        query, key, value = (part.flatten(0, 1).contiguous() for part in (query * scale, key, value))
+        out = torch.empty_like(value)
+        weights = []
+        for block, seen in _causal_blocks(query.shape[1]):
+            scores = torch.bmm(query[:, block], key[:, seen].transpose(1, 2))
+            scores.unflatten(0, shape).add_(bias[..., block, seen])
+            weights.append(scores.softmax(dim=-1))
+            out[:, block] = torch.bmm(weights[-1], value[:, seen])
+        ctx.save_for_backward(query, key, value, out, *weights)
+        ctx.scale, ctx.shape = scale, shape
+        return out.unflatten(0, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """d scores = weights * (d weights - sum over keys of weights * d weights), and the sum is grad . out."""
-        query, key, value, weights, out = ctx.saved_tensors
-        grad_value = torch.matmul(weights.transpose(-1, -2), grad)
+        query, key, value, out, *weights = ctx.saved_tensors
+        grad = grad.flatten(0, 1).contiguous()
         mean = (grad * out).sum(dim=-1, keepdim=True)
-        grad_scores = torch.matmul(grad, value.transpose(-1, -2)).sub_(mean).mul_(weights)
-        grad_query = torch.matmul(grad_scores, key).mul_(ctx.scale)
-        grad_key = torch.matmul(grad_scores.transpose(-1, -2), query).mul_(ctx.scale)
-        return grad_query, grad_key, grad_value, None, None
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for (block, seen), weight in zip(_causal_blocks(query.shape[1]), weights, strict=True):
+            grad_value[:, seen] += torch.bmm(weight.transpose(1, 2), grad[:, block])
+            grad_scores = torch.bmm(grad[:, block], value[:, seen].transpose(1, 2))
+            grad_scores.sub_(mean[:, block]).mul_(weight)
+            grad_query[:, block] = torch.bmm(grad_scores, key[:, seen])
+            grad_key[:, seen] += torch.bmm(grad_scores.transpose(1, 2), query[:, block])
+        grads = (grad_query.mul_(ctx.scale), grad_key, grad_value)
+        return *(part.unflatten(0, ctx.shape) for part in grads), None, None
+
+
+def _causal_blocks(length: int) -> list[tuple[slice, slice]]:
+    """Blocks of queries, and the keys that any query of each may see.
+
+    >>> _causal_blocks(100)
+    [(slice(0, 64, None), slice(0, 64, None)), (slice(64, 100, None), slice(0, 100, None))]
+    """
+    ends = [min(first + QUERY_BLOCK, length) for first in range(0, length, QUERY_BLOCK)]
+    return [(slice(first, end), slice(0, end)) for first, end in zip([0, *ends], ends, strict=False)]
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:

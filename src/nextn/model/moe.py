@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nextn.config import ModelConfig
 from nextn.model.balancing import ExpertUsage
+from nextn.model.kernels import operand
 
 MAX_EXPERTS_DENSE = 16
 """Up to this many experts, a forward of a few tokens runs all of them as one product and gates the unchosen to zero."""
@@ -37,6 +38,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor, usage: ExpertUsage | None = None) -> Tensor:
         """[..., C] -> [..., C]; `usage` is for experts only and unused here."""
+        hidden = operand(hidden)
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
@@ -265,9 +267,9 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, hidden: Tensor, usage: ExpertUsage | None = None) -> Tensor:
         """[B, M, C] -> [B, M, C]; `usage` takes note of the routing."""
-        tokens = hidden.flatten(0, 1)
-        routing = self.gate(tokens)
+        routing = self.gate(hidden.flatten(0, 1))
         if usage is not None:
             usage.record(self, routing.scores, routing.experts, hidden.shape[0])
-        out = self.experts(tokens, routing.gates, routing.experts).view_as(hidden)
+        hidden = operand(hidden)
+        out = self.experts(hidden.flatten(0, 1), routing.gates, routing.experts).view_as(hidden)
         return out if self.shared_experts is None else out + self.shared_experts(hidden)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nextn.model.kernels import operand
+
 BLOCK_BYTES = 4 << 20
 """Softmax is computed on so many bytes of logits at a time, which stay in the processor's cache."""
 
@@ -147,14 +149,14 @@ class _ChunkedLosses(torch.autograd.Function):
             assert weight is not None
             gradients[place] = torch.zeros_like(weight) if needed[place] else None
             gradients[place + 1] = torch.zeros_like(bias) if bias is not None and needed[place + 1] else None
-            cast_bias = None if bias is None else _cast(bias)
-            heads.append(_Head(_cast(weight), cast_bias, gradients[place], gradients[place + 1]))
+            cast_bias = None if bias is None else operand(bias)
+            heads.append(_Head(operand(weight), cast_bias, gradients[place], gradients[place + 1]))
         sums = []
         for depth, head in enumerate(plan.head_of_depth):
             states = tensors[depth]
             assert states is not None
             loss, gradient = _one_depth(
-                _cast(states.flatten(0, 1)),
+                operand(states.flatten(0, 1)),
                 heads[head],
                 plan.labels[depth].flatten(),
                 plan.coefficients[depth].flatten(),
@@ -179,12 +181,6 @@ class _ChunkedLosses(torch.autograd.Function):
             raise RuntimeError("the chunked loss frees its gradients in the first backward pass; there is no second")
         gradients, ctx.gradients = ctx.gradients, None
         return None, *(None if gradient is None else gradient.mul_(grad_total) for gradient in gradients)
-
-
-def _cast(tensor: Tensor) -> Tensor:
-    """To autocast's dtype, as a linear layer would."""
-    device = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
 
 def _one_depth(
