@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nextn.config import ModelConfig
 from nextn.model.cache import LayerCache
 from nextn.model.context import LayerContext
-from nextn.model.kernels import attention, operand
+from nextn.model.kernels import attention, joint_linear, operand
 from nextn.model.norm import RMSNorm
 from nextn.model.rope import rotate, softmax_scale
 
@@ -45,9 +45,10 @@ class LatentAttention(nn.Module):
 
     def forward(self, hidden: Tensor, context: LayerContext, cache: LayerCache | None = None) -> Tensor:
         """[B, M, C] -> [B, M, C]; with a cache, writes this forward's latents first."""
-        hidden = operand(hidden)
-        query_nope, query_rope = self._queries(hidden, context)
-        latent = self._latent(hidden, context)
+        query_proj = self.q_proj if self.q_lora_rank is None else self.q_a_proj
+        query, latent = joint_linear(operand(hidden), query_proj, self.kv_a_proj_with_mqa)
+        query_nope, query_rope = self._queries(query, context)
+        latent = self._latent(latent, context)
         if cache is None:
             heads = self._attend_expanded(query_nope, query_rope, latent, context)
         else:
@@ -57,19 +58,17 @@ class LatentAttention(nn.Module):
             heads = self._attend_absorbed(query_nope, query_rope, cache.read(context.num_keys), context)
         return self.o_proj(heads)
 
-    def _queries(self, hidden: Tensor, context: LayerContext) -> tuple[Tensor, Tensor]:
-        """[B, M, H, nope_dim] and [B, M, H, rope_dim] (rotated); eq. 6-9."""
-        if self.q_lora_rank is None:
-            query = self.q_proj(hidden)
-        else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
+    def _queries(self, query: Tensor, context: LayerContext) -> tuple[Tensor, Tensor]:
+        """[B, M, H, nope_dim] and [B, M, H, rope_dim] (rotated), from the (first) projection's output; eq. 6-9."""
+        if self.q_lora_rank is not None:
+            query = self.q_b_proj(self.q_a_layernorm(query))
         query = query.unflatten(-1, (self.num_heads, self.nope_dim + self.rope_dim))
         query_nope, query_rope = query.split((self.nope_dim, self.rope_dim), dim=-1)
         return query_nope, rotate(query_rope, context.cos, context.sin, self.interleaved)
 
-    def _latent(self, hidden: Tensor, context: LayerContext) -> Tensor:
+    def _latent(self, projected: Tensor, context: LayerContext) -> Tensor:
         """What is cached, [B, M, latent_rank + rope_dim]: normalised latent (eq. 1), shared rotated key (eq. 3)."""
-        latent, key_rope = self.kv_a_proj_with_mqa(hidden).split((self.latent_rank, self.rope_dim), dim=-1)
+        latent, key_rope = projected.split((self.latent_rank, self.rope_dim), dim=-1)
         key_rope = rotate(key_rope.unsqueeze(2), context.cos, context.sin, self.interleaved).squeeze(2)
         return torch.cat((self.kv_a_layernorm(latent), key_rope), dim=-1)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nextn.config import ModelConfig
 from nextn.model.balancing import ExpertUsage
-from nextn.model.kernels import operand
+from nextn.model.kernels import joint_linear, operand
 
 MAX_EXPERTS_DENSE = 16
 """Up to this many experts, a forward of a few tokens runs all of them as one product and gates the unchosen to zero."""
@@ -38,8 +38,8 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor, usage: ExpertUsage | None = None) -> Tensor:
         """[..., C] -> [..., C]; `usage` is for experts only and unused here."""
-        hidden = operand(hidden)
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        gate, up = joint_linear(operand(hidden), self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Routing(NamedTuple):
@@ -186,8 +186,11 @@ class SpreadRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """A token's gradient is the sum over its choices."""
-        slots = ctx.dispatch.slot_of_pair
-        return grad.index_select(0, slots.flatten()).unflatten(0, slots.shape).sum(1), None
+        first, *others = ctx.dispatch.slot_of_pair.unbind(1)
+        total = grad.index_select(0, first)
+        for slots in others:
+            total += grad.index_select(0, slots)
+        return total, None
 
 
 class GatherRows(torch.autograd.Function):
@@ -196,21 +199,25 @@ class GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gates: Tensor, dispatch: Dispatch) -> Tensor:
         """[S, C] and gates [N, top_k] -> [N, C]."""
+        ctx.gate_dtype = gates.dtype
         gates = gates.to(rows.dtype)
-        by_token = rows.index_select(0, dispatch.slot_of_pair.flatten()).unflatten(0, gates.shape)
-        ctx.save_for_backward(by_token, gates)
+        ctx.save_for_backward(rows, gates)
         ctx.dispatch = dispatch
-        return torch.bmm(gates.unsqueeze(1), by_token).squeeze(1)
+        (first, gate), *others = zip(dispatch.slot_of_pair.unbind(1), gates.split(1, dim=1), strict=True)
+        out = rows.index_select(0, first).mul_(gate)
+        for slots, gate in others:
+            out.addcmul_(rows.index_select(0, slots), gate)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gates scale the rows' gradients (0 in slots left over); a gate's gradient is its row times the token's."""
-        by_token, gates = ctx.saved_tensors
-        dispatch, grad = ctx.dispatch, grad.to(gates.dtype)
+        rows, gates = ctx.saved_tensors
+        dispatch = ctx.dispatch
         gate_of_slot = gates.flatten().index_select(0, dispatch.pair_of_slot) * dispatch.is_filled
-        grad_rows = grad.index_select(0, dispatch.pair_of_slot // gates.shape[1]) * gate_of_slot.unsqueeze(1)
-        grad_gates = torch.bmm(by_token, grad.unsqueeze(2)).squeeze(2)
-        return grad_rows, grad_gates.float(), None
+        grad_rows = grad.to(gates.dtype).index_select(0, dispatch.pair_of_slot // gates.shape[1])
+        dots = (grad_rows * rows).sum(-1)
+        return grad_rows.mul_(gate_of_slot.unsqueeze(1)), dots[dispatch.slot_of_pair].to(ctx.gate_dtype), None
 
 
 class GroupedLinear(torch.autograd.Function):
