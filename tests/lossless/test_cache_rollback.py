@@ -29,7 +29,8 @@ def drafts_from_scratch(model: MTPModel, known: list[int], num_drafts: int, draf
     `drafts` are the tokens drafted in place of t[n+1], ..., which deeper depths read.
     """
     tokens, num_positions = [*known, *drafts], len(known) - 1
-    hidden = model.scheme.trunk_state(model.trunk, model.trunk.hidden_states(torch.tensor([tokens[:num_positions]])))
+    hidden = model.trunk.hidden_states(torch.tensor([tokens[:num_positions]]))
+    hidden = model.scheme.trunk_state(hidden, model.trunk.final_norm(hidden))
     rows = []
     for depth in range(1, num_drafts + 1):
         embedded = torch.tensor([[tokens[position + depth] for position in range(num_positions)]])
@@ -58,7 +59,8 @@ def largest_difference(
             token_ids[row, : len(tokens)] = torch.tensor(tokens)
         # Trunk states of all positions, those of unknown tokens included: the drafter must not look at the latter.
         positions = torch.arange(CAPACITY).expand(num_rows, -1)
-        drafter.observe(model.trunk.hidden_states(token_ids), positions)
+        hidden = model.trunk.hidden_states(token_ids)
+        drafter.observe(hidden, model.trunk.final_norm(hidden), positions)
         num_drafts = draw(1, draft_length)
         uniforms = torch.rand(num_rows, num_drafts, generator=generator, dtype=torch.float64)
         probs = drafter.draft(token_ids, [len(tokens) for tokens in known], num_drafts, SAMPLING, uniforms)

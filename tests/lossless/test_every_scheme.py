@@ -113,8 +113,8 @@ def test_what_was_read_from_rejected_drafts_is_caught_in_a_cache(variant: str, b
 class ObservesLate(Drafter):
     """Broken: keeps the trunk's state of each position one place further on."""
 
-    def observe(self, hidden: Tensor, positions: Tensor) -> None:
-        super().observe(hidden[:, :-1], positions[:, 1:])
+    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor) -> None:
+        super().observe(hidden[:, :-1], normed[:, :-1], positions[:, 1:])
 
 
 class ShiftsItsCache(Drafter):

@@ -55,12 +55,12 @@ class Drafter:
         # num_read[k][b]: depth k has read positions 0..num_read-1 of row b, from tokens that are final.
         self._num_read = {depth: [0] * num_rows for depth in range(1, draft_length + 1)}
 
-    def observe(self, hidden: Tensor, positions: Tensor) -> None:
-        """Take over trunk states before the final norm, [B, M, C], at `positions`, int64 [B, M].
+    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor) -> None:
+        """Take over trunk states before and after the final norm, [B, M, C] each, at `positions`, int64 [B, M].
 
         States of drafts that are then rejected may be among them: they are overwritten before they are read.
         """
-        self._store(0, positions, self._scheme.trunk_state(self._trunk, hidden))
+        self._store(0, positions, self._scheme.trunk_state(hidden, normed))
 
     def draft(
         self,

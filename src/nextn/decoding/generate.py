@@ -208,16 +208,17 @@ def _decode(model: MTPModel, prompt_ids: list[int], number: int, request: _Reque
         drafter = Drafter(trunk, model.scheme, 1, num_total, draft_length)
 
     def read(first: int, end: int) -> Tensor:
-        """Trunk states of the tokens at positions first..end-1, [1, end - first, C]; the drafter sees them too."""
+        """Normed trunk states at positions first..end-1, [1, end - first, C]; the drafter sees them too."""
         span = positions[:, first:end]
         hidden = trunk.hidden_states(token_ids[:, first:end], trunk.cached_context(span, num_keys=end), cache)
+        normed = trunk.final_norm(hidden)
         if drafter is not None:
-            drafter.observe(hidden, span)
-        return hidden
+            drafter.observe(hidden, normed, span)
+        return normed
 
-    def target(hidden: Tensor) -> Tensor:
+    def target(normed: Tensor) -> Tensor:
         """The distributions after each state, [1, M, C] -> [1, M, V]."""
-        return transform(trunk.output_head(trunk.final_norm(hidden)), sampling)
+        return transform(trunk.output_head(normed), sampling)
 
     def randoms(count: int) -> Tensor | None:
         return None if sampling.is_greedy else draw_uniforms(generators, count).to(trunk.device)

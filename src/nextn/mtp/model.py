@@ -155,10 +155,11 @@ class MTPModel(nn.Module):
         num_depths = self.num_depths if num_depths is None else num_depths
         trunk, new_context = self.trunk, new_context or self.trunk.context
         hidden = trunk.hidden_states(input_ids, new_context(input_ids.shape[1], document_ids))
-        inputs = [HeadInput(trunk.final_norm(hidden), trunk.output_head.weight, trunk.output_head.bias)]
+        normed = trunk.final_norm(hidden)
+        inputs = [HeadInput(normed, trunk.output_head.weight, trunk.output_head.bias)]
         if self.scheme is None or num_depths == 0:
             return inputs
-        states = self.scheme(trunk, hidden, input_ids, document_ids, num_depths, detach, new_context)
+        states = self.scheme(trunk, hidden, normed, input_ids, document_ids, num_depths, detach, new_context)
         constant = [parameter.detach() for parameter in trunk.output_head.parameters()] if detach.head else None
         for depth, state in enumerate(states, start=1):
             head = self.scheme.head(trunk, depth)

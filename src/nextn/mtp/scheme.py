@@ -58,9 +58,9 @@ class Scheme(nn.Module, abc.ABC):
         """Most tokens drafted in a cycle with K depths; None: any number, since a chain can go on."""
         return None if cls.is_chain else num_depths
 
-    def trunk_state(self, trunk: Trunk, hidden: Tensor) -> Tensor:
-        """h[0] from the trunk's state before its final norm, [B, M, C] -> [B, M, C], as `trunk_hidden` says."""
-        return trunk.final_norm(hidden) if self.config.trunk_hidden == "post_norm" else hidden
+    def trunk_state(self, hidden: Tensor, normed: Tensor) -> Tensor:
+        """h[0]: the trunk's state before or after its final norm, [B, M, C] each, as `trunk_hidden` says."""
+        return normed if self.config.trunk_hidden == "post_norm" else hidden
 
     @abc.abstractmethod
     def step(
@@ -111,6 +111,7 @@ class Scheme(nn.Module, abc.ABC):
         self,
         trunk: Trunk,
         hidden: Tensor,
+        normed: Tensor,
         input_ids: Tensor,
         document_ids: Tensor | None,
         num_depths: int,
@@ -122,6 +123,7 @@ class Scheme(nn.Module, abc.ABC):
         Args:
             trunk: the model whose embedding, norm and head are shared.
             hidden: the trunk's states before its final norm, [B, T, C].
+            normed: the same after it.
             input_ids: int64 [B, T].
             document_ids: int64 [B, T] or None.
             num_depths: how many depths to compute, at most K.
@@ -133,7 +135,7 @@ class Scheme(nn.Module, abc.ABC):
         """
         head_inputs = []
         new_context = new_context or trunk.context
-        carry = self.trunk_state(trunk, hidden)
+        carry = self.trunk_state(hidden, normed)
         if detach.trunk:
             carry = carry.detach()
         trunk = routed(trunk, detach)

@@ -37,9 +37,9 @@ class SharedModule(Scheme):
         self.norm = trunk.new_norm() if config.num_layers and config.head_norm == "own" else None
         self.heads = nn.ModuleList(nn.Linear(trunk.hidden_size, trunk.vocab_size) for _ in range(config.num_depths))
 
-    def trunk_state(self, trunk: Trunk, hidden: Tensor) -> Tensor:
+    def trunk_state(self, hidden: Tensor, normed: Tensor) -> Tensor:
         """h[0]; without layers always the normed state, which the heads then read."""
-        return super().trunk_state(trunk, hidden) if self.config.num_layers else trunk.final_norm(hidden)
+        return super().trunk_state(hidden, normed) if self.config.num_layers else normed
 
     def step(
         self,
