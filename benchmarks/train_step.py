@@ -185,13 +185,14 @@ def measure(
     """All variants in turn; the first loss of all must agree.
 
     A turn is four steps on new tokens, of which the first two are not timed: the step before was another variant's,
-    which has filled caches with its own (that of the CPU's matrix library above all).
+    which has filled caches with its own (that of the CPU's matrix library above all). Every other turn goes backwards.
     """
     seconds: list[list[float]] = [[] for _ in variants]
     losses: list[float] = [0.0] * len(variants)
     for turn in range(num_turns + 1):
         batches = [zipf_tokens(variants[0].vocab_size, shape, device, seed=4 * turn + index) for index in range(4)]
-        for place, variant in enumerate(variants):
+        order = list(enumerate(variants))
+        for place, variant in order if turn % 2 else reversed(order):
             for index, input_ids in enumerate(batches):
                 started = now(device)
                 loss = variant.step(input_ids)
