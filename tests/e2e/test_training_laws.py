@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from nextn.model.balancing import update_routing_biases
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from nextn.alignment import PADDING_DOCUMENT
 from nextn.config import ScheduleConfig
 from nextn.data import Batch, RowSampler, validation_rows
+from nextn.model.balancing import update_routing_biases
 from nextn.mtp import MTPModel
 from nextn.objective import Progress
 from nextn.training import Trainer, TrainingOptimizer, evaluate_teacher_forced, learning_rate_factor, read_metrics
