@@ -218,6 +218,6 @@ def test_a_long_run_is_sampled(recipe_path: Path):
 
 def test_a_terminal_without_block_characters_gets_ascii(recipe_path: Path, tmp_path: Path):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    print_dry_run(Console(file=stream, markup=False), load_recipe(recipe_path), tmp_path / "ascii")
+    print_dry_run(Console(file=stream, markup=False), load_recipe(recipe_path), tmp_path / ("ascii" * 20))
     stream.flush()
     assert re.search(r"learning rate \|[.:=@-]", stream.buffer.getvalue().decode("ascii"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from nextn.cli.generate import _usual_draft_length
 from nextn.config import MTPConfig
 from nextn.errors import ConfigError
 from nextn.mtp import SCHEMES, MTPModel, check_scheme
@@ -48,3 +49,12 @@ def test_only_a_chain_drafts_further_than_it_was_trained(scheme: str):
 def test_an_unknown_scheme_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"sequential, independent, shared_module, parallel, got 'medusa'"):
         check_scheme(MTPConfig("medusa"))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "num_depths", "usual"), [("sequential", 1, 3), ("parallel", 2, 2), ("parallel", 4, 3)]
+)
+def test_the_generate_command_drafts_three_tokens_or_as_many_as_the_scheme_can(
+    scheme: str, num_depths: int, usual: int
+):
+    assert _usual_draft_length(MTPModel(TINY, MTPConfig(scheme=scheme, num_depths=num_depths))) == usual

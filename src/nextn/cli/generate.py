@@ -24,13 +24,19 @@ Strong enough to stay five different colours where a terminal has sixteen.
 """
 
 
+USUAL_DRAFT_LENGTH = 3
+
+
 def generate(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder (its last checkpoint is taken).")],
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; may be repeated. '-' reads it in.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to add.")] = 128,
-    draft_length: Annotated[int, typer.Option(help="N, tokens drafted per cycle; 0 is plain decoding.")] = 3,
+    draft_length: Annotated[
+        int | None,
+        typer.Option(help="N, tokens drafted per cycle; 0 is plain decoding. Default: 3, or what the scheme can do."),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this total share.")] = None,
@@ -53,9 +59,11 @@ def generate(
     if not prompts:
         raise GenerationError('no prompt; give one with -p "TEXT", or -p - to read standard input')
     model = nextn.load(path, device=device, dtype=dtype)
-    if model.scheme is None and draft_length:
+    if model.scheme is None and draft_length != 0:
         messages().print("this model has no MTP depths: decoding plainly")
         draft_length = 0
+    if draft_length is None:
+        draft_length = _usual_draft_length(model)
     if temperature == 0 and (top_k, top_p) != (None, None):
         messages().print("--top-k and --top-p have no effect at temperature 0 (greedy); add --temperature to sample")
         top_k = top_p = None
@@ -80,6 +88,12 @@ def generate(
             print(text + result.texts[index])
     if show_drafts:
         _print_statistics(messages(), result, draft_length)
+
+
+def _usual_draft_length(model: MTPModel) -> int:
+    """Three, or the most that the model's scheme can draft."""
+    longest = None if model.scheme is None else model.scheme.max_draft_length(model.num_depths)
+    return USUAL_DRAFT_LENGTH if longest is None else min(USUAL_DRAFT_LENGTH, longest)
 
 
 def _standard_input() -> str:

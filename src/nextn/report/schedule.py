@@ -115,6 +115,8 @@ def print_dry_run(console: Console, recipe: Recipe, run_folder: Path) -> None:
         CheckpointError: the plot cannot be written.
     """
     header = Table.grid(padding=(0, 2))
+    header.add_column(no_wrap=True)
+    header.add_column(overflow="fold")  # paths are long, and must be whole
     for name, value in _header(recipe, run_folder):
         header.add_row(name, value)
     table = _schedule_table(recipe)
