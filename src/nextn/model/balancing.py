@@ -64,11 +64,10 @@ def balance_loss(scores: Tensor, top_k: int, token_mask: Tensor | None = None) -
     """
     num_experts = scores.shape[-1]
     mask = scores.new_ones(scores.shape[:2]) if token_mask is None else token_mask.to(scores.dtype)
-    num_tokens = mask.sum(1, keepdim=True).clamp(min=1)  # [B, 1]
+    mean_over_tokens = (mask / mask.sum(1, keepdim=True).clamp(min=1)).unsqueeze(1)  # [B, 1, T]
     chosen = torch.zeros_like(scores).scatter_(-1, scores.detach().topk(top_k, dim=-1).indices, 1.0)
-    frequency = (chosen * mask[..., None]).sum(1) * (num_experts / top_k) / num_tokens  # [B, E]
-    share = scores / scores.sum(-1, keepdim=True)
-    probability = (share * mask[..., None]).sum(1) / num_tokens
+    frequency = (mean_over_tokens @ chosen).squeeze(1) * (num_experts / top_k)  # [B, E]
+    probability = (mean_over_tokens @ (scores / scores.sum(-1, keepdim=True))).squeeze(1)
     return (frequency * probability).sum(-1)
 
 
