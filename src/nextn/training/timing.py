@@ -12,9 +12,13 @@ from nextn.config import Recipe
 from nextn.training.prepare import PreparedData, new_model
 from nextn.training.trainer import Trainer
 
+STEPS_PER_TURN = 3
+"""Steps that one variant takes before the other's turn; the first is not timed, since the other has just filled the
+caches, that of the CPU's matrix library above all."""
+
 
 def time_steps(
-    recipe: Recipe, data: PreparedData, num_depths: Sequence[int], num_timed: int = 8, num_warmup: int = 3
+    recipe: Recipe, data: PreparedData, num_depths: Sequence[int], num_turns: int = 4
 ) -> dict[int, list[float]]:
     """Train throwaway models side by side for a few steps, which differ in their number of depths only.
 
@@ -22,23 +26,25 @@ def time_steps(
         recipe: everything else.
         data: what to train on.
         num_depths: the values of K to compare; their steps take turns.
-        num_timed: steps timed of each.
-        num_warmup: steps of each before that.
+        num_turns: turns of each, after one to warm up.
 
     Returns:
         Seconds of each timed step, by K.
     """
-    num_steps = max(recipe.training.num_steps, num_warmup + num_timed)
-    recipe = replace(recipe, training=replace(recipe.training, num_steps=num_steps))
+    recipe = replace(
+        recipe,
+        training=replace(recipe.training, num_steps=max(recipe.training.num_steps, STEPS_PER_TURN * (num_turns + 1))),
+    )
     seconds: dict[int, list[float]] = {depths: [] for depths in num_depths}
     with tempfile.TemporaryDirectory() as folder:
         trainers = {depths: _trainer(recipe, data, depths, Path(folder)) for depths in seconds}
-        for index in range(num_warmup + num_timed):
+        for turn in range(num_turns + 1):
             for depths, trainer in trainers.items():
-                started = time.perf_counter()
-                trainer.step()
-                if index >= num_warmup:
-                    seconds[depths].append(time.perf_counter() - started)
+                for index in range(STEPS_PER_TURN):
+                    started = time.perf_counter()
+                    trainer.step()
+                    if turn and index:
+                        seconds[depths].append(time.perf_counter() - started)
     return seconds
 
 
