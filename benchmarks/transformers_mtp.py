@@ -39,10 +39,10 @@ class TransformersMTP(nn.Module):
         config._experts_implementation = experts
         config.use_cache = False
         self.trunk = DeepseekV3ForCausalLM(config)
-        self.trunk.load_state_dict(ours.trunk.state_dict(), strict=False)
+        self.trunk.load_state_dict(ours.trunk.state_dict())
         self.depths = nn.ModuleList(Module(config, config.num_hidden_layers - 1) for _ in range(ours.num_depths))
         for theirs, module in zip(self.depths, ours.scheme.layers if ours.scheme is not None else (), strict=True):
-            theirs.load_state_dict(module.state_dict(), strict=False)
+            theirs.load_state_dict(module.state_dict())
         self.train()
 
     def forward(self, input_ids: Tensor, depth_weights: tuple[float, ...]) -> Tensor:

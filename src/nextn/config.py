@@ -199,7 +199,9 @@ class ScheduleConfig:
     kind: Literal["constant", "piecewise", "linear", "polynomial", "product"] = setting(
         "constant", "constant, piecewise, linear, polynomial or product"
     )
-    values: tuple[float, ...] = setting((0.3,), "one value; one per piece; one per point; or start and end")
+    values: tuple[float, ...] = setting(
+        (), "one value (0.3 if none is given), one per piece or point, or start and end"
+    )
     boundaries: tuple[float, ...] = setting(
         (), "piecewise: where the next value starts; linear: where the points are; polynomial: from and to"
     )
@@ -211,8 +213,8 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         where = "objective.mtp_lambda"
-        if self.kind == "product" and self.values == ScheduleConfig.values:
-            object.__setattr__(self, "values", ())  # the default of the other kinds; a product has no values of its own
+        if self.kind == "constant" and not self.values:
+            object.__setattr__(self, "values", (0.3,))
         got = f"got values = {list(self.values)}, boundaries = {list(self.boundaries)}"
         num_values, num_boundaries = len(self.values), len(self.boundaries)
         fits, wanted = {
@@ -304,7 +306,7 @@ class DetachConfig:
 
     trunk: bool = setting(False, "h[0] is a constant: MTP trains its own modules, not the trunk's layers")
     embedding: bool = setting(False, "embeddings of future tokens are constants")
-    head: bool = setting(False, "the trunk's output head and final norm are constants where MTP depths use them")
+    head: bool = setting(False, "the trunk's output head, and its final norm as a depth's head norm, are constants")
     between_depths: bool = setting(False, "what depth k passes to depth k+1 is a constant")
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nextn.alignment import IGNORED
+from nextn.config import MTPConfig
 from nextn.mtp import MTPModel
 from nextn.objective import (
     BatchTotals,
@@ -247,3 +248,36 @@ def test_with_all_labels_masked_loss_and_gradients_are_exactly_zero(variant: str
     assert (out.loss.item(), out.loss_per_depth.tolist()) == (0.0, [0.0] * 4)
     found = gradients(out.loss, list(model.parameters()))
     assert all(grad.isfinite().all() and not grad.any() for grad in found)
+
+
+def test_a_label_outside_the_vocabulary_is_refused_where_it_counts_and_ignored_where_it_does_not():
+    head_input = HeadInput(torch.randn(1, 3, 4), torch.randn(6, 4))
+    for wrong in (-1, 6):
+        labels = [torch.tensor([[1, wrong, 2]])]
+        with pytest.raises((IndexError, RuntimeError)):
+            chunked_losses([head_input], labels, [torch.ones(1, 3)], [1.0], chunk_size=2)
+        loss, _ = chunked_losses([head_input], labels, [torch.tensor([[1.0, 0.0, 1.0]])], [1.0], chunk_size=2)
+        assert loss.isfinite()
+
+
+def test_heads_that_share_a_weight_but_not_a_bias_are_two_heads():
+    hidden, weight, bias = torch.randn(1, 3, 4), torch.randn(6, 4), torch.randn(6)
+    labels, ones = [torch.tensor([[1, 0, 2]])] * 2, [torch.ones(1, 3)] * 2
+    inputs = [HeadInput(hidden, weight), HeadInput(hidden, weight, bias)]
+    _, losses = chunked_losses(inputs, labels, ones, [1.0, 1.0], chunk_size=2)
+    torch.testing.assert_close(losses, torch.stack([summed_cross_entropy(i.logits(), labels[0]) for i in inputs]))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize("scheme", ["independent", "parallel", "shared_module"])
+def test_a_depth_that_is_off_before_one_that_is_on_is_not_trained_at_all(scheme: str, chunk_size: int | None):
+    model = MTPModel(TINY, MTPConfig(scheme=scheme, num_depths=2)).initialize(seed=1).train()
+    out = model(tokens(2, 12), objective=StepObjective((0.0, 0.3), balance_alpha=0.1, chunk_size=chunk_size))
+    out.loss.backward()
+    own = model.scheme.heads[0] if scheme == "shared_module" else model.scheme.layers[0]
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in own.parameters())
+    if scheme != "shared_module":
+        assert all(parameter.grad is None for parameter in own.parameters()), "zeros would still move its momentum"
+        assert out.loss_per_depth[1].isnan()
+        assert not any(name.startswith("scheme.layers.0") for name in out.expert_loads)
+    assert any(parameter.grad.any() for parameter in model.scheme.parameters() if parameter.grad is not None)

@@ -157,3 +157,11 @@ def test_balancing_evens_out_a_skewed_router():
         shares.append((load.max() / load.float().mean()).item())
     assert shares[0] > 1.5
     assert shares[-1] < 1.2
+
+
+def test_nothing_of_a_layers_second_run_in_one_context_is_kept_alive():
+    layer, usage = MixtureOfExperts(SMALL), ExpertUsage(None, with_balance=True)
+    layer(torch.ones(1, 5, 16), usage)
+    first = usage.loads[layer], usage.balances[layer]
+    layer(torch.ones(1, 5, 16), usage)
+    assert (usage.loads[layer] is first[0], usage.balances[layer] is first[1]) == (True, True)

@@ -166,10 +166,10 @@ def test_every_figure_of_the_schema_is_on_the_page(page):
 
 def test_the_load_of_every_expert_stands_in_the_page_relative_to_its_layers_mean():
     rows = html.expert_loads(history())
-    assert [layer for layer, _ in rows] == ["trunk layer 1", "MTP module 1"]
+    assert [layer for layer, _ in rows] == ["trunk layer 1", "MTP layer 1"]
     assert rows[0][1] == pytest.approx([1.2, 0.8, 1.0, 1.0])
     words = Page(html.render(example())).words
-    assert "MTP module 1" in words
+    assert "MTP layer 1" in words
     assert "1.20" in words
 
 

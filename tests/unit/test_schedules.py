@@ -284,7 +284,7 @@ LAMBDA, CURRICULUM = "objective.mtp_lambda", "objective.curriculum"
     [
         ({"values": (0.3, 0.1)}, f"{LAMBDA}: a constant schedule takes one value and no boundaries"),
         ({"boundaries": (5,)}, f"{LAMBDA}: a constant schedule takes one value and no boundaries"),
-        ({"kind": "piecewise", "boundaries": (5,)}, "one value more than boundaries, got values = .0.3., "),
+        ({"kind": "piecewise", "boundaries": (5,)}, "one value more than boundaries, got values = .."),
         ({"kind": "piecewise", "values": (0.3, 0.2, 0.1), "boundaries": (5, 5)}, f"{LAMBDA}.boundaries must grow"),
         ({"kind": "piecewise", "values": (0.3, 0.2), "boundaries": (-1,)}, "boundaries must be 0 or more"),
         ({"kind": "piecewise", "values": (0.3, 0.2), "boundaries": (math.inf,)}, "boundaries must be 0 or more"),

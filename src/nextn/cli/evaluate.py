@@ -15,7 +15,7 @@ from nextn.cli.output import messages, print_evaluation, status
 from nextn.data import validation_rows
 from nextn.data.sources import is_path
 from nextn.errors import DataError
-from nextn.mtp import find_checkpoint
+from nextn.mtp import check_scheme, find_checkpoint
 from nextn.report.html import plural
 from nextn.report.measurement import acceptance_probe
 from nextn.report.provenance import collect
@@ -56,6 +56,7 @@ def evaluate(
             f"the run was trained on {recipe.data.corpus!r}, a path seen from the folder it was started in, and there "
             f"is no such path in {Path.cwd()}; start nextn there, or name the text with --corpus"
         )
+    check_scheme(model.mtp_config, draft_length=settings.draft_length if settings.num_prompts else 0)
     trained = None
     if corpus not in (None, recipe.data.corpus):
         trained = read_json(folder / "provenance.json").get("corpus", {})

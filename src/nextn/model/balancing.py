@@ -16,7 +16,7 @@ class ExpertUsage:
     """Which experts the tokens of one context went to, layer by layer: what balancing needs of a training forward.
 
     One object per `LayerContext`. A layer that runs again in the same context (activations recomputed in the backward
-    pass) replaces its own entry, so nothing is counted twice.
+    pass) is already noted, so nothing is counted twice, and nothing of the second run is kept alive.
 
     Args:
         token_mask: False for padding, which is not counted, bool [B, M]; None: no padding.
@@ -35,10 +35,10 @@ class ExpertUsage:
         """Note what `layer` decided about B * M tokens: unbiased scores [B * M, E], chosen experts [B * M, top_k]."""
         mask = self.token_mask
         counted = experts if mask is None else experts[mask.flatten()]
-        self.loads[layer] = torch.bincount(counted.flatten(), minlength=scores.shape[-1])
+        self.loads.setdefault(layer, torch.bincount(counted.flatten(), minlength=scores.shape[-1]))
         if self.with_balance:
             by_row = scores.unflatten(0, (num_rows, -1))
-            self.balances[layer] = balance_loss(by_row, experts.shape[-1], mask).sum()
+            self.balances.setdefault(layer, balance_loss(by_row, experts.shape[-1], mask).sum())
 
 
 def balance_loss(scores: Tensor, top_k: int, token_mask: Tensor | None = None) -> Tensor:
@@ -86,6 +86,6 @@ def update_routing_biases(model: nn.Module, loads: Mapping[str, Tensor], speed: 
     Example: loads (3, 1, 2), gamma 0.001: the mean is 2, the biases move by (-0.001, +0.001, 0).
     """
     for name, load in loads.items():
-        if speed and load.any():
+        if speed:  # without any token the sign is 0
             bias = model.get_buffer(f"{name}.gate.e_score_correction_bias" if name else "gate.e_score_correction_bias")
             bias += speed * torch.sign(load.float().mean() - load)

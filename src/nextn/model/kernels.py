@@ -1,12 +1,14 @@
-"""Two training kernels for CPUs, where the stock backward passes are slow, each equal to its plain reference.
+"""Training kernels for CPUs, where the stock backward passes are slow, each equal to its plain reference.
 
 Measured on 2 cores with bfloat16 products, forward and backward: attention over 16 x 256 tokens, 4 heads of 48, takes
-22 ms stock and 9 ms here; a norm over 4096 x 192 takes 3.3 ms stock (it is composed of five operations, each with its
-own backward) and 0.9 ms here. Attention uses the stock kernel on GPUs, in other dtypes, in decoding and on long rows;
-the norm on GPUs and without gradients.
+22 ms stock and 9 ms here (before it went in causal blocks, which save a sixth); a norm over 4096 x 192 takes 3.3 ms
+stock (it is composed of five operations, each with its own backward) and 0.9 ms here. Attention uses the stock kernel
+on GPUs, in other dtypes, in decoding and on long rows; the norm on GPUs and without gradients.
 
 Attention keeps its scores in bfloat16, where the stock kernel has float32: its relative error is 0.004 on random inputs
-against 0.002, and grows with scores far from zero (0.03 where all scores of a row share an offset of 20).
+against 0.002, and grows with scores far from zero (0.03 where all scores of a row share an offset of 20). Gradients of
+keys and values are added up block by block in bfloat16: relative error 0.006 and 0.005 at 256 tokens, 0.008 and 0.007
+at 1024.
 """
 
 from __future__ import annotations

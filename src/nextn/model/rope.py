@@ -102,6 +102,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
     Example: R = 2, angle a: (1, 0) becomes (cos a, sin a).
     """
+    if torch.compiler.is_compiling():  # the compiler fuses the formula, and breaks at writing into parts
+        first, second = _pairs(x, interleaved)
+        cos, sin = cos.unsqueeze(2).to(x.dtype), sin.unsqueeze(2).to(x.dtype)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return _Rotation.apply(x, cos.unsqueeze(2).to(x.dtype), sin.unsqueeze(2).to(x.dtype), interleaved)
 
 

@@ -14,9 +14,9 @@ from nextn.mtp.scheme import DepthState, Scheme
 
 
 class Independent(Scheme):
-    """K modules side by side, each on the trunk's states; depth k never sees the tokens t[i+1..i+k-1] between.
+    """K modules side by side, each on the trunk's states; depth k does not embed t[i+1..i+k-1] at position i.
 
-    (Its attention does: the block of depth k at position i also reads positions j < i, which embed t[j+k].)
+    It may see some of them through attention: its block also reads positions j < i, which embed t[j+k].
 
     Worked example, K = 2, row [A B C D E]:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -98,8 +99,8 @@ class MTPModel(nn.Module):
     ) -> MTPOutput:
         """Losses of depths 0..K, and their logits unless the objective works in chunks.
 
-        In training mode the chain stops at the deepest depth with a weight, so that weight 0 costs nothing and changes
-        nothing; in evaluation mode every depth is computed.
+        In training mode only depths with a weight are computed, and those that they build on, so that weight 0 costs
+        nothing and changes nothing; in evaluation mode every depth is computed.
 
         Args:
             input_ids: int64 [B, T].
@@ -119,9 +120,9 @@ class MTPModel(nn.Module):
             totals = batch_totals(
                 objective.denominator, self.num_depths, input_ids, labels, document_ids, label_weights
             )
-        num_computed = self.num_depths
-        if self.training:
-            num_computed = max((depth for depth, weight in enumerate(weights, start=1) if weight), default=0)
+        depths = list(range(1, self.num_depths + 1))
+        if self.training and self.scheme is not None:
+            depths = self.scheme.required_depths([depth for depth in depths if weights[depth - 1]])
 
         usages: list[ExpertUsage] = []
 
@@ -132,36 +133,39 @@ class MTPModel(nn.Module):
                 usages.append(usage := ExpertUsage(mask, objective.balance_alpha > 0))
             return self.trunk.context(num_positions, documents, usage)
 
-        inputs = self.head_inputs(input_ids, document_ids, num_computed, objective.detach, new_context)
-        aligned = [align(input_ids, depth, labels, document_ids) for depth in range(num_computed + 1)]
-        loss, losses, logits = _losses(inputs, aligned, label_weights, totals.denominators, objective)
+        inputs = self.head_inputs(input_ids, document_ids, depths, objective.detach, new_context)
+        aligned = [align(input_ids, depth, labels, document_ids) for depth in (0, *depths)]
+        denominators = totals.denominators[[0, *depths]]
+        loss, losses, logits = _losses(
+            inputs, aligned, label_weights, denominators, (1.0, *(weights[depth - 1] for depth in depths)), objective
+        )
         balance = torch.zeros((), device=loss.device)
         if balances := [balance for usage in usages for balance in usage.balances.values()]:
             balance = torch.stack(balances).sum() / totals.num_rows
             loss = loss + objective.balance_alpha * balance
         loss_per_depth = losses.new_full((self.num_depths + 1,), float("nan"))
-        loss_per_depth[: num_computed + 1] = losses
+        loss_per_depth[[0, *depths]] = losses
         return MTPOutput(loss, loss_per_depth, logits, balance.detach(), self._loads(usages))
 
     def head_inputs(
         self,
         input_ids: Tensor,
         document_ids: Tensor | None = None,
-        num_depths: int | None = None,
+        depths: Sequence[int] | None = None,
         detach: DetachConfig = NO_DETACH,
         new_context: ContextFactory | None = None,
     ) -> list[HeadInput]:
-        """What the output heads of depths 0..num_depths (None: K) read, and the heads; arguments as of `forward`."""
-        num_depths = self.num_depths if num_depths is None else num_depths
+        """What the output heads of depth 0 and of `depths` (None: 1..K) read, and the heads; others as of `forward`."""
+        depths = range(1, self.num_depths + 1) if depths is None else depths
         trunk, new_context = self.trunk, new_context or self.trunk.context
         hidden = trunk.hidden_states(input_ids, new_context(input_ids.shape[1], document_ids))
         normed = trunk.final_norm(hidden)
         inputs = [HeadInput(normed, trunk.output_head.weight, trunk.output_head.bias)]
-        if self.scheme is None or num_depths == 0:
+        if self.scheme is None or not depths:
             return inputs
-        states = self.scheme(trunk, hidden, normed, input_ids, document_ids, num_depths, detach, new_context)
+        states = self.scheme(trunk, hidden, normed, input_ids, document_ids, depths, detach, new_context)
         constant = [parameter.detach() for parameter in trunk.output_head.parameters()] if detach.head else None
-        for depth, state in enumerate(states, start=1):
+        for depth, state in zip(depths, states, strict=True):
             head = self.scheme.head(trunk, depth)
             if constant and head is trunk.output_head:
                 inputs.append(HeadInput(state, *constant))
@@ -202,23 +206,23 @@ def _losses(
     aligned: list[DepthAlignment],
     label_weights: Tensor | None,
     denominators: Tensor,
+    weights_in_total: tuple[float, ...],
     objective: StepObjective,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None]:
-    """Total, L_0.. of the computed depths (detached), and the logits if they were held."""
-    num_computed = len(inputs) - 1
+    """Total, losses of the computed depths (detached), and the logits if they were held; lists begin with depth 0."""
     weights = [None] + [
         None if label_weights is None else depth_alignment.at_labels(label_weights) for depth_alignment in aligned[1:]
     ]
     if objective.chunk_size is not None:
         coefficients = [
             (depth_alignment.valid.float() if weight is None else weight) / denominator
-            for depth_alignment, weight, denominator in zip(aligned, weights, denominators, strict=False)
+            for depth_alignment, weight, denominator in zip(aligned, weights, denominators, strict=True)
         ]
         total, losses = chunked_losses(
             inputs,
             [depth_alignment.labels for depth_alignment in aligned],
             coefficients,
-            (1.0, *objective.depth_weights[:num_computed]),
+            weights_in_total,
             objective.chunk_size,
         )
         return total, losses, None
@@ -226,9 +230,8 @@ def _losses(
     depth_losses = [
         summed_cross_entropy(depth_logits, depth_alignment.labels, weight) / denominator
         for depth_logits, depth_alignment, weight, denominator in zip(
-            logits, aligned, weights, denominators, strict=False
+            logits, aligned, weights, denominators, strict=True
         )
     ]
-    absent = [None] * (len(objective.depth_weights) - num_computed)
-    total = total_loss(depth_losses[0], [*depth_losses[1:], *absent], objective.depth_weights)
+    total = total_loss(depth_losses[0], depth_losses[1:], weights_in_total[1:])
     return total, torch.stack([loss.detach() for loss in depth_losses]), tuple(logits)

@@ -57,8 +57,8 @@ def check_scheme(config: MTPConfig, detach: DetachConfig = NO_DETACH, draft_leng
     longest = scheme.max_draft_length(config.num_depths)
     if longest is not None and draft_length > longest:
         raise ConfigError(
-            f"draft_length = {draft_length}, but mtp.scheme = {config.scheme!r} drafts one token per trained depth: at "
-            f"most {longest} here (a chain, as of the sequential scheme, could go on)"
+            f"evaluation.draft_length = {draft_length}, but mtp.scheme = {config.scheme!r} drafts one token per "
+            f"trained depth: at most {longest} here. Set evaluation.draft_length={longest}"
         )
 
 

@@ -33,9 +33,6 @@ class _Constant:
     def __call__(self, hidden: Tensor) -> Tensor:
         return functional_call(self._module, self._parameters, (hidden,))
 
-    def __getattr__(self, name: str) -> Any:
-        return self._parameters[name] if name in self._parameters else getattr(self._module, name)
-
 
 class _RoutedTrunk:
     def __init__(self, trunk: Trunk, detach: DetachConfig):
@@ -51,7 +48,3 @@ class _RoutedTrunk:
     @property
     def final_norm(self) -> Any:
         return _Constant(self._trunk.final_norm) if self._detach.head else self._trunk.final_norm
-
-    @property
-    def output_head(self) -> Any:
-        return _Constant(self._trunk.output_head) if self._detach.head else self._trunk.output_head

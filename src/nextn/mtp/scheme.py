@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -62,6 +62,13 @@ class Scheme(nn.Module, abc.ABC):
         """h[0]: the trunk's state before or after its final norm, [B, M, C] each, as `trunk_hidden` says."""
         return normed if self.config.trunk_hidden == "post_norm" else hidden
 
+    def required_depths(self, wanted: Sequence[int]) -> list[int]:
+        """The depths to compute where only some are wanted: a chain needs all up to the last one.
+
+        A depth that is not computed gets no gradient, no balance loss and no routing bias update.
+        """
+        return list(range(1, max(wanted, default=0) + 1)) if self.is_chain else list(wanted)
+
     @abc.abstractmethod
     def step(
         self,
@@ -114,11 +121,11 @@ class Scheme(nn.Module, abc.ABC):
         normed: Tensor,
         input_ids: Tensor,
         document_ids: Tensor | None,
-        num_depths: int,
+        depths: Sequence[int],
         detach: DetachConfig = NO_DETACH,
         new_context: ContextFactory | None = None,
     ) -> list[Tensor]:
-        """Head inputs of depths 1..num_depths over whole rows, for training and evaluation.
+        """Head inputs of some depths over whole rows, for training and evaluation.
 
         Args:
             trunk: the model whose embedding, norm and head are shared.
@@ -126,12 +133,12 @@ class Scheme(nn.Module, abc.ABC):
             normed: the same after it.
             input_ids: int64 [B, T].
             document_ids: int64 [B, T] or None.
-            num_depths: how many depths to compute, at most K.
+            depths: which to compute, in growing order; from `required_depths`, or 1..K.
             detach: where gradients stop.
             new_context: called once per depth; None: the trunk's `context`.
 
         Returns:
-            For each depth k, [B, T-k, C] (see `nextn.alignment`).
+            For each of these depths k, [B, T-k, C] (see `nextn.alignment`).
         """
         head_inputs = []
         new_context = new_context or trunk.context
@@ -139,7 +146,7 @@ class Scheme(nn.Module, abc.ABC):
         if detach.trunk:
             carry = carry.detach()
         trunk = routed(trunk, detach)
-        for depth in range(1, num_depths + 1):
+        for depth in depths:
             aligned = align(input_ids, depth)
             documents = None if document_ids is None else aligned.documents(document_ids)
             context = new_context(aligned.num_positions, documents)

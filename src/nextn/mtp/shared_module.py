@@ -8,6 +8,8 @@ With no layers, heads read the trunk's normed state directly, as Medusa's do wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from nextn.config import ModelConfig, MTPConfig
@@ -40,6 +42,10 @@ class SharedModule(Scheme):
     def trunk_state(self, hidden: Tensor, normed: Tensor) -> Tensor:
         """h[0]; without layers always the normed state, which the heads then read."""
         return super().trunk_state(hidden, normed) if self.config.num_layers else normed
+
+    def required_depths(self, wanted: Sequence[int]) -> list[int]:
+        """The wanted ones, and depth 1, which runs the layers."""
+        return sorted({1, *wanted}) if wanted else []
 
     def step(
         self,

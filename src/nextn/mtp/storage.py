@@ -3,7 +3,8 @@
     model.layers.{0..L-1}.*     the trunk's layers, experts one by one (`mlp.experts.3.gate_proj.weight`)
     model.layers.{L..}.*        MTP modules: enorm, hnorm, eh_proj, shared_head.norm, and the block's own names
 
-That is the sequential scheme, which is what was released and what engines serve. The modules of other schemes are
+That is the sequential scheme, which is what was released and what engines serve (with the released conventions: a
+checkpoint of others has the same layout, and only the key `nextn` says so). The modules of other schemes are
 stored under `mtp.`, with `num_nextn_predict_layers` = 0, so that no engine takes them for what they are not.
 
 Embedding and output head are stored once; the modules share them. `config.json` has DeepseekV3Config's fields, the

@@ -13,7 +13,7 @@ linear function of them; the backward pass only scales them by the gradient of t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,12 +66,12 @@ def chunked_losses(
     Returns:
         The total, a scalar that gradients flow from (once), and L [D], detached; nats.
     """
-    heads: dict[int, tuple[Tensor, Tensor | None]] = {}
+    heads: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
     for depth_input in inputs:
-        heads.setdefault(id(depth_input.weight), (depth_input.weight, depth_input.bias))
+        heads.setdefault((id(depth_input.weight), id(depth_input.bias)), (depth_input.weight, depth_input.bias))
     places = {key: place for place, key in enumerate(heads)}
     plan = _Plan(
-        [places[id(depth_input.weight)] for depth_input in inputs],
+        [places[id(depth_input.weight), id(depth_input.bias)] for depth_input in inputs],
         list(labels),
         list(coefficients),
         list(weights),
@@ -143,12 +143,18 @@ class _ChunkedLosses(torch.autograd.Function):
         num_depths = len(plan.head_of_depth)
         needed = [plan.with_gradients and need for need in ctx.needs_input_grad[1:]]
         gradients: list[Tensor | None] = [None] * len(tensors)
-        heads = []
+        # A depth of weight 0 gets no gradient at all, rather than zeros that an optimizer would take for one.
+        weighty = [weight != 0 for weight in plan.weights]
+        used_heads = {head for head, counts in zip(plan.head_of_depth, weighty, strict=True) if counts}
+        heads: list[_Head] = []
         for place in range(num_depths, len(tensors), 2):
             weight, bias = tensors[place], tensors[place + 1]
             assert weight is not None
-            gradients[place] = torch.zeros_like(weight) if needed[place] else None
-            gradients[place + 1] = torch.zeros_like(bias) if bias is not None and needed[place + 1] else None
+            is_used = len(heads) in used_heads
+            gradients[place] = torch.zeros_like(weight) if needed[place] and is_used else None
+            gradients[place + 1] = (
+                torch.zeros_like(bias) if bias is not None and needed[place + 1] and is_used else None
+            )
             cast_bias = None if bias is None else operand(bias)
             heads.append(_Head(operand(weight), cast_bias, gradients[place], gradients[place + 1]))
         sums = []
@@ -157,12 +163,12 @@ class _ChunkedLosses(torch.autograd.Function):
             assert states is not None
             loss, gradient = _one_depth(
                 operand(states.flatten(0, 1)),
-                heads[head],
+                heads[head] if weighty[depth] else replace(heads[head], weight_gradient=None, bias_gradient=None),
                 plan.labels[depth].flatten(),
                 plan.coefficients[depth].flatten(),
                 plan.weights[depth],
                 plan.chunk_size,
-                needed[depth],
+                needed[depth] and weighty[depth],
             )
             gradients[depth] = None if gradient is None else gradient.view_as(states)
             sums.append(loss)
@@ -202,7 +208,8 @@ def _one_depth(
         chunk = slice(first, min(first + chunk_size, num_positions))
         for block in _blocks(chunk, vocab_size, states.device):
             logits = _exact(torch.nn.functional.linear(states[block], head.weight, head.bias))
-            ids, factors = labels[block].clamp(min=0), coefficients[block]
+            factors = coefficients[block]
+            ids = labels[block].masked_fill(factors == 0, 0)
             nats, log_sum = _cross_entropy(logits, ids)
             loss += (nats * factors).sum()
             if buffer is not None:

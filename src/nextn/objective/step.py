@@ -19,7 +19,7 @@ class StepObjective:
     """total = main + sum over k of depth_weights[k-1] * L_k + balance_alpha * sequence-wise balance loss.
 
     Attributes:
-        depth_weights: of L_1..L_K; a depth of weight 0 is not computed in training.
+        depth_weights: of L_1..L_K; a depth of weight 0 is not computed in training, unless another builds on it.
         denominator: what L_k is divided by, see `nextn.objective.denominators`.
         detach: where the gradients of L_1..L_K stop.
         balance_alpha: factor of the balance loss; 0 leaves it out.

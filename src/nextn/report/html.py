@@ -219,8 +219,10 @@ def expert_loads(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[f
         return []
     rows = []
     for name, shares in evaluations[-1]["expert_load"].items():
-        number = int(next(part for part in name.split(".") if part.isdigit()))
-        layer = f"trunk layer {number}" if name.startswith("trunk.") else f"MTP module {number + 1}"
+        number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        layer = name
+        if number is not None:
+            layer = f"trunk layer {number}" if name.startswith("trunk.") else f"MTP layer {number + 1}"
         rows.append((layer, [share * len(shares) for share in shares]))
     return rows
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nextn.config import Recipe
+from nextn.config import CurriculumConfig, Recipe, ScheduleConfig
 from nextn.training.prepare import PreparedData, new_model
 from nextn.training.trainer import Trainer
 
@@ -31,9 +31,12 @@ def time_steps(
     Returns:
         Seconds of each timed step, by K.
     """
+    num_steps = max(recipe.training.num_steps, STEPS_PER_TURN * (num_turns + 1))
     recipe = replace(
         recipe,
-        training=replace(recipe.training, num_steps=max(recipe.training.num_steps, STEPS_PER_TURN * (num_turns + 1))),
+        training=replace(recipe.training, num_steps=num_steps),
+        # At full weight, since a schedule may have depths off in a run's first steps.
+        objective=replace(recipe.objective, mtp_lambda=ScheduleConfig(), curriculum=CurriculumConfig()),
     )
     seconds: dict[int, list[float]] = {depths: [] for depths in num_depths}
     with tempfile.TemporaryDirectory() as folder:
