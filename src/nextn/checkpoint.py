@@ -112,6 +112,121 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file. Raises CheckpointError when missing, truncated, foreign or a pickle."""
+    file = _open(path)
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+# ------------------------------------------------------------------------------------------------- weights of a model
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+def write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write a model's tensors: one file, or shards of at most `max_shard_bytes` and the index that names them.
+
+    A tensor larger than that has a shard of its own. Use inside `atomic_folder`.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    num_bytes = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and num_bytes + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            num_bytes = 0
+        shards[-1][name] = tensor
+        num_bytes += tensor.nbytes
+    if len(shards) == 1:
+        write_tensors(folder / WEIGHTS_FILE, tensors)
+        return
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / file, shard)
+        places |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+class TensorFiles:
+    """The tensors of a model's files, known by their headers and read one at a time.
+
+    >>> files = TensorFiles.open(Path("runs/demo/checkpoints/step-00000400"))  # doctest: +SKIP
+    >>> files.shape("lm_head.weight"), files.dtype("lm_head.weight")  # doctest: +SKIP
+    ((257, 192), 'F32')
+    """
+
+    def __init__(self, files: Mapping[Path, Any]) -> None:
+        self._files = dict(files)
+        self._places = {name: path for path, file in files.items() for name in file.keys()}  # noqa: SIM118
+
+    @classmethod
+    def open(cls, path: Path) -> TensorFiles:
+        """Read the headers of a safetensors file, or of those of a folder: one file, or what its index names.
+
+        Raises:
+            CheckpointError: nothing there, only pickle files, a truncated or foreign file, a shard missing, a tensor
+                that the index places where it is not, or one that it does not name.
+        """
+        if not path.is_dir():
+            return cls({path: _open(path)})
+        if (path / WEIGHTS_FILE).exists():
+            return cls({path / WEIGHTS_FILE: _open(path / WEIGHTS_FILE)})
+        if not (path / INDEX_FILE).exists():
+            pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
+            found = f"only pickle files ({', '.join(pickles)}), which are refused" if pickles else "none"
+            raise CheckpointError(f"{path} should hold weights as {WEIGHTS_FILE} or {INDEX_FILE}; found {found}")
+        index = read_json(path / INDEX_FILE)
+        places = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+            raise CheckpointError(f"{path / INDEX_FILE} has no 'weight_map' from tensors to files")
+        if outside := sorted({file for file in places.values() if Path(file).name != file}):
+            raise CheckpointError(f"{path / INDEX_FILE} names a file outside its folder: {outside[0]}")
+        if absent := sorted({file for file in places.values() if not (path / file).is_file()}):
+            raise CheckpointError(
+                f"{path}: {len(absent)} of the files that {INDEX_FILE} names are missing: {absent[0]}"
+            )
+        opened = cls({path / file: _open(path / file) for file in sorted(set(places.values()))})
+        stored = {name: file.name for name, file in opened._places.items()}
+        if wrong := sorted(name for name in places.keys() | stored.keys() if places.get(name) != stored.get(name)):
+            raise CheckpointError(
+                f"{path}: {INDEX_FILE} and the files disagree about {len(wrong)} tensors, for example {wrong[0]}: "
+                f"{places.get(wrong[0], 'not named')} in the index, {stored.get(wrong[0], 'nowhere')} in the files"
+            )
+        return opened
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor's name, sorted."""
+        return tuple(sorted(self._places))
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files, in bytes."""
+        return sum(path.stat().st_size for path in self._files)
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._places[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, from the header."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Its dtype in safetensors' words: F32, BF16, F8_E4M3, ..."""
+        return str(self._slice(name).get_dtype())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor itself, on the CPU."""
+        return self._files[self._places[name]].get_tensor(name)
+
+    def _slice(self, name: str) -> Any:
+        return self._files[self._places[name]].get_slice(name)
+
+
+def _open(path: Path) -> Any:
+    """A safetensors file, its header read. Raises CheckpointError when missing, truncated, foreign or a pickle."""
     if path.suffix in PICKLE_SUFFIXES:
         raise CheckpointError(
             f"{path} is a pickle file, which can run any code when read; nextn reads safetensors only. Convert it, for "
@@ -120,8 +235,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error})") from None
 

@@ -6,7 +6,8 @@
     ├── CheckpointError   a checkpoint is missing, truncated, foreign, incomplete or a pickle
     ├── DeviceError       the device or the dtype asked for is not there
     ├── DivergenceError   training met a loss or gradient that is NaN or infinite
-    └── GenerationError   a decoding request cannot be served (empty prompt, too long, ...)
+    ├── GenerationError   a decoding request cannot be served (empty prompt, too long, ...)
+    └── ExportError       an engine cannot serve this model, or not with its MTP modules
 
 Messages say what was asked, what was found, what is allowed and how to go on. The command line prints them without a
 traceback and exits with code 2; anything else is a defect in nextn and shows its traceback.
@@ -39,3 +40,7 @@ class DivergenceError(NextnError):
 
 class GenerationError(NextnError):
     """A decoding request cannot be served: empty prompt, too long for the context, contradictory sampling."""
+
+
+class ExportError(NextnError):
+    """An engine cannot serve this model, or not with its MTP modules; the message lists every reason."""

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from nextn import generate
-from nextn.mtp import SCHEMES, load_model
+from nextn.config import DetachConfig, MTPConfig
+from nextn.errors import ConfigError
+from nextn.mtp import SCHEMES, check_scheme, load_model
 from nextn.mtp.cost import model_cost
 from nextn.training import read_metrics
 from tests.e2e import tiny_run
@@ -34,6 +36,14 @@ def fifth_scheme() -> Iterator[None]:
 
 def test_the_example_is_under_eighty_lines():
     assert len(example().splitlines()) < 80
+
+
+def test_it_refuses_what_would_have_no_effect():
+    check_scheme(MTPConfig("medusa"), DetachConfig(trunk=True))
+    with pytest.raises(ConfigError, match=r"detach\.head has no effect with mtp\.scheme = 'medusa'"):
+        check_scheme(MTPConfig("medusa"), DetachConfig(head=True))
+    with pytest.raises(ConfigError, match=r"mtp\.concat = .* has no effect .*read then: num_depths alone"):
+        check_scheme(MTPConfig("medusa", concat="hidden_first"))
 
 
 def test_it_trains_saves_loads_and_decodes_losslessly(tmp_path: Path):

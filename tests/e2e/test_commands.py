@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-RECIPE = """
+TINY_MODEL = """
 [model]
 hidden_size = 16
 intermediate_size = 24
@@ -22,6 +22,8 @@ kv_lora_rank = 8
 qk_nope_head_dim = 4
 qk_rope_head_dim = 4
 v_head_dim = 4
+"""
+RECIPE = f"""{TINY_MODEL}
 max_position_embeddings = 64
 [mtp]
 num_depths = 2

@@ -96,9 +96,12 @@ def rewrite(folder: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("model.layers.3.eh_proj.weight"), r"1 missing \(scheme.layers.1.eh_proj.weight\)"),
-        (lambda s: s.pop("model.layers.1.mlp.experts.2.up_proj.weight"), r"missing tensor .*experts.2.up_proj.weight"),
-        (lambda s: s.update(extra=torch.zeros(1)), r"1 unexpected \(trunk.extra\)"),
+        (lambda s: s.pop("model.layers.3.eh_proj.weight"), r"1 missing \(model.layers.3.eh_proj.weight\)"),
+        (
+            lambda s: s.pop("model.layers.1.mlp.experts.2.up_proj.weight"),
+            r"1 missing \(model.layers.1.mlp.experts.2.up_proj.weight\)",
+        ),
+        (lambda s: s.update(extra=torch.zeros(1)), r"1 unexpected \(extra\)"),
         (lambda s: s.update({"lm_head.weight": torch.zeros(2, 2)}), r"lm_head.weight has shape \(2, 2\)"),
     ],
 )
@@ -132,7 +135,7 @@ def test_foreign_missing_and_pickled_checkpoints_are_refused(tmp_path: Path):
         read_tensors(tmp_path / "pytorch_model.bin")
     saved(tmp_path / "a")
     write_json(tmp_path / "a" / "config.json", {"model_type": "llama"})
-    with pytest.raises(CheckpointError, match="not a nextn checkpoint: model_type is 'llama'"):
+    with pytest.raises(CheckpointError, match="model_type is 'llama'"):
         load_model(tmp_path / "a")
     (tmp_path / "a" / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="is not JSON"):

@@ -21,20 +21,10 @@ from nextn.report import schedule
 from nextn.report.schedule import changes, print_dry_run, schedule_plot, scheduled_step
 from nextn.training import learning_rate_factor, read_metrics
 from tests.e2e import tiny_run
+from tests.e2e.test_commands import TINY_MODEL
 from tests.e2e.tiny_run import recipe_with
 
-RECIPE = """
-[model]
-hidden_size = 16
-intermediate_size = 24
-moe_intermediate_size = 8
-num_hidden_layers = 2
-num_attention_heads = 2
-n_routed_experts = 4
-kv_lora_rank = 8
-qk_nope_head_dim = 4
-qk_rope_head_dim = 4
-v_head_dim = 4
+RECIPE = f"""{TINY_MODEL}
 [mtp]
 num_depths = 2
 [objective]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+import torch
+from torch import Tensor
 
 from nextn.cli.generate import _usual_draft_length
 from nextn.config import MTPConfig
 from nextn.errors import ConfigError
 from nextn.mtp import SCHEMES, MTPModel, check_scheme
+from nextn.mtp.shared_module import SharedModule
 
-from .test_mtp_laws import TINY
+from .test_mtp_laws import TINY, tokens
 
 UNREAD = {
     "share_weights": True,
@@ -33,6 +38,60 @@ def test_a_setting_that_the_scheme_does_not_read_is_refused(scheme: str):
                 check_scheme(config)
             with pytest.raises(ConfigError, match=name):
                 MTPModel(TINY, config)
+
+
+HEADS_ALONE = MTPConfig("shared_module", num_depths=2, num_layers=0)
+CONFIGS = [*(MTPConfig(scheme, num_depths=2) for scheme in SCHEMES), HEADS_ALONE]
+
+
+@torch.no_grad()
+def logits(config: MTPConfig) -> tuple[Tensor, ...]:
+    """Of every depth, even if a setting is refused; norms have random weights, so that each has an effect."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nextn.mtp.model.check_scheme", lambda config: None)
+        model = MTPModel(TINY, config).initialize(seed=1).eval()
+    generator = torch.Generator().manual_seed(2)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.copy_(torch.rand(weight.shape, generator=generator) + 0.5)
+    output = model(tokens(1, 9)).logits_per_depth
+    assert output is not None
+    return output
+
+
+def check_refusals(config: MTPConfig) -> None:
+    """A setting changes some logits iff it is allowed."""
+    before = logits(config)
+    for name, value in UNREAD.items():
+        changed = dataclasses.replace(config, **{name: value})
+        has_effect = not all(map(torch.equal, before, logits(changed)))
+        try:
+            check_scheme(changed)
+        except ConfigError:
+            assert not has_effect, f"{name} is refused, though it changes the logits"
+        else:
+            assert has_effect, f"{name} is allowed, though it changes nothing"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.scheme}-{config.num_layers}")
+def test_exactly_the_settings_without_effect_are_refused(config: MTPConfig):
+    check_refusals(config)
+
+
+def test_a_list_of_settings_read_that_is_too_long_or_too_short_is_caught(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SharedModule, "settings_read", classmethod(lambda cls, config: cls.reads))
+    with pytest.raises(AssertionError, match="dense_blocks is allowed"):
+        check_refusals(HEADS_ALONE)
+    monkeypatch.setattr(SharedModule, "settings_read", classmethod(lambda cls, config: frozenset({"num_layers"})))
+    with pytest.raises(AssertionError, match="dense_blocks is refused"):
+        check_refusals(MTPConfig("shared_module", num_depths=2))
+
+
+@pytest.mark.parametrize("name", ["trunk_hidden", "head_norm", "dense_blocks"])
+def test_heads_alone_refuse_what_only_layers_read_and_say_why(name: str):
+    wanted = rf"mtp\.{name} = .* mtp\.scheme = 'shared_module' \(num_layers = 0\); .*read then: num_layers\)"
+    with pytest.raises(ConfigError, match=wanted):
+        check_scheme(dataclasses.replace(HEADS_ALONE, **{name: UNREAD[name]}))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -104,8 +104,7 @@ class Transformer(nn.Module):
 
     def new_block(self, dense: bool = False) -> DecoderLayer:
         """A fresh layer like the trunk's last one, or one with a dense feed-forward."""
-        is_moe = not dense and self.config.is_moe_layer(self.config.num_hidden_layers - 1)
-        return DecoderLayer(self.config, is_moe)
+        return DecoderLayer(self.config, self.config.extra_block_is_moe(dense))
 
     def new_norm(self) -> RMSNorm:
         """A fresh norm of the trunk's width."""

@@ -42,5 +42,5 @@ class FusionModule(nn.Module):
 
     def flops(self, config: ModelConfig, sequence_length: int) -> float:
         """Forward FLOPs at one position, the trunk's output head included."""
-        is_moe = not self.config.dense_blocks and config.is_moe_layer(config.num_hidden_layers - 1)
+        is_moe = config.extra_block_is_moe(self.config.dense_blocks)
         return block_flops(config, is_moe, sequence_length) + 4.0 * config.hidden_size**2 + head_flops(config)

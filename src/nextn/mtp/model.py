@@ -173,13 +173,9 @@ class MTPModel(nn.Module):
                 inputs.append(HeadInput(state, head.weight, head.bias))
         return inputs
 
-    def layer_names(self) -> dict[nn.Module, str]:
-        """The name of every module, for what is recorded by module."""
-        return {module: name for name, module in self.named_modules()}
-
     def _loads(self, usages: list[ExpertUsage]) -> dict[str, Tensor]:
         """Loads of all contexts together: a module used at several depths has one."""
-        names = self.layer_names() if usages else {}
+        names = {module: name for name, module in self.named_modules()} if usages else {}
         loads: dict[str, Tensor] = {}
         for usage in usages:
             for layer, load in usage.loads.items():

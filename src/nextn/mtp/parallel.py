@@ -61,7 +61,7 @@ class Parallel(Scheme):
 
     def depth_flops(self, config: ModelConfig, depth: int, sequence_length: int) -> float:
         """A layer and the head."""
-        is_moe = not self.config.dense_blocks and config.is_moe_layer(config.num_hidden_layers - 1)
+        is_moe = config.extra_block_is_moe(self.config.dense_blocks)
         return block_flops(config, is_moe, sequence_length) + head_flops(config)
 
     def num_cache_layers(self, draft_length: int) -> int:

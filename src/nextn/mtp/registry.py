@@ -40,20 +40,24 @@ def check_scheme(config: MTPConfig, detach: DetachConfig = NO_DETACH, draft_leng
     scheme = scheme_class(config)
     if config.num_depths == 0:
         return
-    for name, settings_field in MTPConfig.__dataclass_fields__.items():
-        value = getattr(config, name)
-        if name not in scheme.reads | {"scheme", "num_depths"} and value != settings_field.default:
+    read, defaults = scheme.settings_read(config), vars(MTPConfig())
+    changed = {name: value for name, value in vars(config).items() if value != defaults[name]}
+    given = ", ".join(f"{name} = {value!r}" for name, value in changed.items() if name in read)
+    chosen = f"mtp.scheme = {config.scheme!r}" + (f" ({given})" if given else "")
+    for name, value in changed.items():
+        if name not in read | {"scheme", "num_depths"}:
             raise ConfigError(
-                f"mtp.{name} = {value!r} has no effect with mtp.scheme = {config.scheme!r}; leave it out "
-                f"(the scheme reads {', '.join(sorted(scheme.reads))})"
+                f"mtp.{name} = {value!r} has no effect with {chosen}; leave it out "
+                f"(what is read then: {', '.join(sorted(read)) or 'num_depths alone'})"
             )
-    own_heads = scheme is SharedModule and (config.head_norm == "own" or config.num_layers == 0)
-    ineffective = {"embedding": not scheme.embeds_tokens, "head": own_heads, "between_depths": not scheme.is_chain}
-    for name, is_ineffective in ineffective.items():
-        if is_ineffective and getattr(detach, name):
-            raise ConfigError(
-                f"objective.detach.{name} has no effect with mtp.scheme = {config.scheme!r}; leave it out"
-            )
+    effective = {
+        "embedding": scheme.embeds_tokens,
+        "head": scheme.uses_trunk_head(config),
+        "between_depths": scheme.is_chain,
+    }
+    for name, is_effective in effective.items():
+        if getattr(detach, name) and not is_effective:
+            raise ConfigError(f"objective.detach.{name} has no effect with {chosen}; leave it out")
     longest = scheme.max_draft_length(config.num_depths)
     if longest is not None and draft_length > longest:
         raise ConfigError(

@@ -39,7 +39,7 @@ class Scheme(nn.Module, abc.ABC):
     """
 
     reads: ClassVar[frozenset[str]]
-    """Fields of `MTPConfig` that the scheme reads, beside `scheme` and `num_depths`."""
+    """Fields of `MTPConfig` that the scheme can read, beside `scheme` and `num_depths`."""
 
     embeds_tokens: ClassVar[bool]
     """Depth k reads the embedding of t[i+k]; so drafts of one cycle build on each other."""
@@ -52,6 +52,16 @@ class Scheme(nn.Module, abc.ABC):
         self.config = config
         self.num_depths = config.num_depths
         """K: depths trained."""
+
+    @classmethod
+    def settings_read(cls, config: MTPConfig) -> frozenset[str]:
+        """Those of `reads` that have an effect with this config: all of them, unless one makes others idle."""
+        return cls.reads
+
+    @classmethod
+    def uses_trunk_head(cls, config: MTPConfig) -> bool:
+        """True iff some depth reads the trunk's output head, or its final norm as head norm (see `detach.head`)."""
+        return True
 
     @classmethod
     def max_draft_length(cls, num_depths: int) -> int | None:

@@ -43,6 +43,16 @@ class SharedModule(Scheme):
         """h[0]; without layers always the normed state, which the heads then read."""
         return super().trunk_state(hidden, normed) if self.config.num_layers else normed
 
+    @classmethod
+    def settings_read(cls, config: MTPConfig) -> frozenset[str]:
+        """Without layers only their number: heads alone have no block and no norm, and `trunk_state` no choice."""
+        return cls.reads if config.num_layers else frozenset({"num_layers"})
+
+    @classmethod
+    def uses_trunk_head(cls, config: MTPConfig) -> bool:
+        """Heads are the module's own; the trunk's final norm stands before them if it is asked for."""
+        return config.num_layers > 0 and config.head_norm == "shared"
+
     def required_depths(self, wanted: Sequence[int]) -> list[int]:
         """The wanted ones, and depth 1, which runs the layers."""
         return sorted({1, *wanted}) if wanted else []
@@ -69,7 +79,7 @@ class SharedModule(Scheme):
 
     def depth_flops(self, config: ModelConfig, depth: int, sequence_length: int) -> float:
         """The head, and at depth 1 all layers."""
-        is_moe = not self.config.dense_blocks and config.is_moe_layer(config.num_hidden_layers - 1)
+        is_moe = config.extra_block_is_moe(self.config.dense_blocks)
         num_layers = len(self.layers) if depth == 1 else 0
         return num_layers * block_flops(config, is_moe, sequence_length) + head_flops(config)
 
