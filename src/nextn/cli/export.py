@@ -1,0 +1,58 @@
+"""`nextn export`: a checkpoint as a serving engine wants it, and the line that serves it."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nextn.cli.output import messages, status
+from nextn.interop.export import FORMATS, export_model
+from nextn.report.provenance import collect
+
+Format = enum.StrEnum("Format", {name: name for name in FORMATS})
+
+
+def export(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder (its last checkpoint is taken).")],
+    to: Annotated[
+        Format, typer.Option(help="hf (transformers), vllm, sglang: a folder; gguf (llama.cpp): a file.")  # type: ignore[valid-type]
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to; must not exist. Default: PATH with -FORMAT, or .gguf, appended.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Folders: float32 (default), bfloat16, float16. GGUF: f32 (default), bf16, q8_0."),
+    ] = None,
+    draft_length: Annotated[int, typer.Option(min=0, help="N in the printed line: tokens to draft per cycle.")] = 2,
+    max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Folders: largest file, in 10^9 bytes.")] = 5.0,
+) -> None:
+    """Write a checkpoint for a serving engine, its MTP modules included, and print the line that serves it.
+
+    Refuses, with the reasons, what the engine cannot serve: schemes other than sequential, several modules where it
+    runs one, conventions or dimensions that it does not compute.
+
+    Examples:
+
+        nextn export runs/demo --to vllm
+
+        nextn export runs/demo --to gguf --dtype q8_0 --out demo.gguf --draft-length 3
+    """
+    suffix = ".gguf" if to == "gguf" else f"-{to}"
+    target = out or path.with_name(path.resolve().name + suffix)
+    with status(messages()) as say:
+        say(f"writing {target}")
+        exported = export_model(
+            path,
+            str(to),
+            target,
+            dtype=dtype,
+            draft_length=draft_length,
+            max_shard_bytes=round(max_shard_gb * 1e9),
+            provenance=collect(seed=0),
+        )
+    messages().print(f"wrote {exported.path}; serve it with {exported.engine}:")
+    print(exported.launch_line)

