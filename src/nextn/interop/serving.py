@@ -44,7 +44,7 @@ class EngineServer(Protocol):
     """What both servers can do."""
 
     def complete(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Completion:
-        """Exactly `max_new_tokens` greedy tokens after the prompt; the end of text is a token like others."""
+        """At most `max_new_tokens` greedy tokens after the prompt, until the end of text."""
         ...
 
 
@@ -56,8 +56,8 @@ class VllmServer:
     model: str
 
     def complete(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Completion:
-        """Exactly `max_new_tokens` greedy tokens after the prompt; the end of text is a token like others."""
-        body = {"max_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        """At most `max_new_tokens` greedy tokens after the prompt, until the end of text."""
+        body = {"max_tokens": max_new_tokens, "temperature": 0, "return_token_ids": True}
         started = time.perf_counter()
         answer = self._post(prompt_ids, body)
         wall_s = time.perf_counter() - started
@@ -113,21 +113,25 @@ def vllm_server(
         yield VllmServer(server, str(folder))
 
 
+LETTER = ord("a")
+"""A token that stands for a whole character in byte vocabularies, which is what `LlamaCppServer.log_probs` needs."""
+
+
 @dataclass(frozen=True)
 class LlamaCppServer:
     """llama.cpp serving one model."""
 
     server: Server
 
-    def complete(self, prompt_ids: Sequence[int], max_new_tokens: int, **settings: Any) -> Completion:
-        """Exactly `max_new_tokens` greedy tokens after the prompt; the end of text is a token like others.
+    def complete(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Completion:
+        """At most `max_new_tokens` greedy tokens after the prompt, until the end of text.
 
         Its first request after a start is exact; a later one pairs its first token with a state that the request before
         left behind, which changes drafts and never tokens.
         """
         num_before = self._num_drafts()
         started = time.perf_counter()
-        answer = self.post(prompt_ids, n_predict=max_new_tokens, ignore_eos=True, **settings)
+        answer = self.post(prompt_ids, n_predict=max_new_tokens)
         wall_s = time.perf_counter() - started
         timings = answer["timings"]
         return Completion(
@@ -142,7 +146,9 @@ class LlamaCppServer:
         """Of the next token after every prefix, in nats, float32 [T, V]; one request each."""
         rows = torch.full((len(token_ids), vocab_size), float("nan"))
         for end in range(1, len(token_ids) + 1):
-            answer = self.post(token_ids[:end], n_predict=1, n_probs=vocab_size)
+            # Half a character is withheld, and its log-probabilities with it, so the token chosen is made a letter;
+            # what is told is the model's own, without the bias.
+            answer = self.post(token_ids[:end], n_predict=1, n_probs=vocab_size, logit_bias=[[LETTER, 1e4]])
             for entry in answer["completion_probabilities"][0]["top_logprobs"]:
                 rows[end - 1, entry["id"]] = entry["logprob"]
         return rows
