@@ -1,4 +1,4 @@
-"""`nextn evaluate`: losses, bits per byte and the three acceptance kinds of a checkpoint."""
+"""`nextn evaluate`: losses, bits per byte and the three acceptance kinds of a checkpoint; or its scores in tasks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from rich.console import Console
 
 import nextn
 from nextn.checkpoint import read_json, write_json
-from nextn.cli.output import messages, print_evaluation, status
+from nextn.cli.output import messages, print_evaluation, print_task_scores, status
 from nextn.data import validation_rows
 from nextn.data.sources import is_path
-from nextn.errors import DataError
+from nextn.errors import ConfigError, DataError
 from nextn.mtp import check_scheme, find_checkpoint
 from nextn.report.html import plural
 from nextn.report.measurement import acceptance_probe
 from nextn.report.provenance import collect
 from nextn.tables import to_table
 from nextn.training import evaluate_teacher_forced, prepare_held_out, read_recipe
+
+USUAL_BATCH_SIZE = 8
+"""Rows of a task scored at once."""
 
 
 def evaluate(
@@ -35,15 +38,47 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     json: Annotated[Path | None, typer.Option(help="Also write the figures and their provenance to this file.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Instead of held-out text: tasks of lm-evaluation-harness, separated by commas."),
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="--tasks: a folder with more tasks' YAML files.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="--tasks: examples before each question. Default: the task's.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="--tasks: only the first so many questions; for trying out.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="--tasks: rows scored at once. Default: 8.")] = None,
 ) -> None:
-    """Measure a checkpoint on held-out text.
+    """Measure a checkpoint on held-out text, or in tasks of lm-evaluation-harness.
 
     Examples:
 
         nextn evaluate runs/python-stdlib
 
         nextn evaluate runs/python-stdlib --corpus my-project/ --draft-length 2 --json evaluation.json
+
+        nextn evaluate runs/python-stdlib --tasks hellaswag,arc_easy --limit 100
     """
+    if tasks is not None:
+        _refuse("is about held-out text, which --tasks does not read", corpus=corpus, num_rows=num_rows,
+                num_prompts=num_prompts)  # fmt: skip
+        _evaluate_tasks(
+            path,
+            tasks,
+            device,
+            dtype,
+            json,
+            include_path=include_path,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=USUAL_BATCH_SIZE if batch_size is None else batch_size,
+            draft_length=draft_length,
+        )
+        return
+    _refuse("is about --tasks, which is not given", include_path=include_path, num_fewshot=num_fewshot, limit=limit,
+            batch_size=batch_size)  # fmt: skip
     folder = find_checkpoint(path)
     model = nextn.load(folder, device=device, dtype=dtype)
     if model.tokenizer is None:
@@ -83,3 +118,62 @@ def evaluate(
     if json is not None:
         provenance = collect(seed=0, device=device, corpus=data.provenance())
         write_json(json, {"evaluation": table, "settings": to_table(settings), "provenance": provenance})
+
+
+def _evaluate_tasks(
+    path: Path,
+    names: str,
+    device: str,
+    dtype: str,
+    json: Path | None,
+    *,
+    include_path: Path | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    batch_size: int,
+    draft_length: int | None,
+) -> None:
+    """Run tasks of lm-evaluation-harness, which is imported only here."""
+    from nextn.report.tasks import TaskSelection, evaluate_tasks
+
+    console = messages()
+    selection = TaskSelection.find([name.strip() for name in names.split(",") if name.strip()], include_path)
+    folder = find_checkpoint(path)
+    model = nextn.load(folder, device=device, dtype=dtype)
+    results = evaluate_tasks(
+        model,
+        folder,
+        selection,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        draft_length=draft_length,
+    )
+    print_task_scores(Console(), results.scores)
+    for kind, num_truncated in results.num_truncated.items():
+        if num_truncated:
+            console.print(
+                f"{plural(num_truncated, kind + ' request')} did not fit into the model's context of "
+                f"{model.trunk.max_position_embeddings} tokens and lost the left end"
+            )
+    if limit is not None:
+        console.print(f"--limit {limit}: these scores are for trying out, not for reporting")
+    if json is not None:
+        provenance = collect(seed=0, device=device)
+        provenance["libraries"] |= results.libraries
+        settings = {
+            "tasks": list(selection.names),
+            "num_fewshot": num_fewshot,
+            "limit": limit,
+            "batch_size": batch_size,
+            "device": device,
+            "dtype": dtype,
+        }
+        write_json(json, {"tasks": results.to_table(), "settings": settings, "provenance": provenance})
+
+
+def _refuse(reason: str, **options: object) -> None:
+    """An option that would have no effect is an error."""
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} {reason}; leave it out, or measure twice")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich import box
@@ -14,6 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from nextn.report.schema import DecodingArm
+
+if TYPE_CHECKING:  # importing it needs lm-evaluation-harness
+    from nextn.report.tasks import TaskScore
 
 
 def messages() -> Console:
@@ -94,6 +97,23 @@ def print_arms(console: Console, arms: Sequence[DecodingArm]) -> None:
     console.print(table)
 
 
+def print_task_scores(console: Console, scores: Iterable[TaskScore]) -> None:
+    """One row per metric; `n` is the number of questions, `+-` the standard error over them."""
+    table = _table("tasks", ("task", "version", "filter", "n-shot", "n", "metric", "value", "+-"))
+    for score in scores:
+        table.add_row(
+            score.task,
+            score.version or "-",
+            score.filter,
+            _count(score.num_fewshot),
+            _count(score.num_documents),
+            score.metric,
+            _number(score.value, 4),
+            _number(score.stderr, 4),
+        )
+    console.print(table)
+
+
 def _table(title: str, headings: Sequence[str]) -> Table:
     table = Table(
         title=title,
@@ -106,6 +126,10 @@ def _table(title: str, headings: Sequence[str]) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right")
     return table
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else str(value)
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -1,0 +1,15 @@
+"""What is wrong with a checkpoint's MTP modules, and what to do about it.
+
+examine(path)    headers, then the MTP tensors one at a time, give a `Diagnosis`: findings and a verdict
+services(found)  what each engine makes of it, and the command
+finding          what a finding is
+stored           what is declared, and which tensor is in which place
+laws, values     each finding's law: on names, shapes and dtypes; on the values
+"""
+
+from nextn.interop.doctor.diagnosis import CONVENTIONS, Diagnosis
+from nextn.interop.doctor.examination import examine
+from nextn.interop.doctor.finding import SEVERITIES, Finding, Severity
+from nextn.interop.doctor.service import Service, services
+
+__all__ = ["CONVENTIONS", "SEVERITIES", "Diagnosis", "Finding", "Service", "Severity", "examine", "services"]
