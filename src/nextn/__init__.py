@@ -3,8 +3,8 @@
 from nextn.config import ModelConfig, MTPConfig, Recipe, load_recipe
 from nextn.decoding import GenerationResult, generate
 from nextn.errors import NextnError
+from nextn.interop.load import load
 from nextn.mtp import MTPModel, MTPOutput
-from nextn.mtp import load_model as load
 
 __version__ = "0.1.0"
 

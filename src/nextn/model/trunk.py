@@ -1,23 +1,24 @@
 """What MTP and decoding need of a language model, and nothing more.
 
-The native `Transformer` satisfies it, and so can an adapter around any pretrained model; nothing above this package
-knows which one it has.
+The native `Transformer` satisfies it, and so does `nextn.interop.adapter` around transformers' models; nothing above
+this package knows which one it has. A context is an object of the trunk's own kind, which goes to its blocks unread
+(the native one's is `LayerContext`).
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nextn.model.balancing import ExpertUsage
 from nextn.model.cache import Cache
-from nextn.model.context import LayerContext
 
 
 class Trunk(Protocol):
-    """A causal language model in parts. B rows, M positions, C width, V vocabulary."""
+    """A causal language model in parts, a module. B rows, M positions, C width, V vocabulary."""
 
     hidden_size: int
     vocab_size: int
@@ -29,26 +30,26 @@ class Trunk(Protocol):
         """Where the weights are."""
         ...
 
+    def modules(self) -> Iterator[nn.Module]:
+        """Itself and every module inside it."""
+        ...
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """int64 [B, M] -> [B, M, C]."""
         ...
 
-    def context(
-        self, num_positions: int, document_ids: Tensor | None = None, usage: ExpertUsage | None = None
-    ) -> LayerContext:
+    def context(self, num_positions: int, document_ids: Tensor | None = None, usage: ExpertUsage | None = None) -> Any:
         """What the layers share in a forward over whole rows of M positions; documents int64 [B, M] stay apart.
 
         `usage` takes note of where experts' tokens went; a trunk without experts leaves it empty.
         """
         ...
 
-    def cached_context(self, positions: Tensor, num_keys: int | None = None) -> LayerContext:
+    def cached_context(self, positions: Tensor, num_keys: int | None = None) -> Any:
         """The same for positions int64 [B, M] after cached ones; `num_keys` = largest position + 1, if known."""
         ...
 
-    def hidden_states(
-        self, token_ids: Tensor, context: LayerContext | None = None, cache: Cache | None = None
-    ) -> Tensor:
+    def hidden_states(self, token_ids: Tensor, context: Any = None, cache: Cache | None = None) -> Tensor:
         """State after the last layer, before the final norm: int64 [B, M] -> [B, M, C]; no context: whole rows."""
         ...
 

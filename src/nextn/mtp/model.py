@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from nextn.alignment import PADDING_DOCUMENT, DepthAlignment, align
 from nextn.config import DetachConfig, ModelConfig, MTPConfig, ObjectiveConfig
-from nextn.model import LayerContext, Transformer
+from nextn.errors import ConfigError
+from nextn.model import LayerContext, Transformer, Trunk
 from nextn.model.balancing import ExpertUsage
 from nextn.model.blocks import DecoderLayer
 from nextn.mtp.registry import check_scheme, scheme_class
@@ -61,14 +62,19 @@ class MTPOutput:
 class MTPModel(nn.Module):
     """Trunk and scheme. `scheme` is None iff K = 0, which is a plain language model.
 
+    Args:
+        config: settings of nextn's own trunk; None with another one.
+        mtp_config: scheme and conventions.
+        trunk: a `Trunk` that is a module; None: nextn's own, fresh.
+
     Raises ConfigError for an unknown scheme, or a setting that it does not read.
     """
 
-    def __init__(self, config: ModelConfig, mtp_config: MTPConfig):
+    def __init__(self, config: ModelConfig | None, mtp_config: MTPConfig, trunk: Trunk | None = None):
         super().__init__()
         check_scheme(mtp_config)
-        self.config, self.mtp_config = config, mtp_config
-        self.trunk = Transformer(config)
+        self._config, self.mtp_config = config, mtp_config
+        self.trunk: Trunk = Transformer(self.config) if trunk is None else trunk
         self.scheme: Scheme | None = None
         if mtp_config.num_depths:
             self.scheme = scheme_class(mtp_config)(self.trunk, mtp_config)
@@ -77,10 +83,19 @@ class MTPModel(nn.Module):
     def initialize(self, seed: int) -> MTPModel:
         """Fresh weights, the same for the same seed on every device; the trunk's do not depend on K."""
         generator = torch.Generator().manual_seed(seed)
-        self.trunk.initialize(self.trunk, generator)
+        self.trunk.initialize(cast(nn.Module, self.trunk), generator)
         if self.scheme is not None:
             self.trunk.initialize(self.scheme, generator)
         return self
+
+    @property
+    def config(self) -> ModelConfig:
+        """Settings of nextn's own trunk. Raises ConfigError for another one, which they cannot describe."""
+        if self._config is None:
+            raise ConfigError(
+                "this model's trunk is not nextn's own DeepSeek-V3, and nextn's settings cannot describe it"
+            )
+        return self._config
 
     @property
     def num_depths(self) -> int:
@@ -194,7 +209,10 @@ class MTPModel(nn.Module):
             layer.recompute = True
 
     def _layers(self) -> list[DecoderLayer]:
-        return [module for module in self.modules() if isinstance(module, DecoderLayer)]
+        layers = [module for module in self.modules() if isinstance(module, DecoderLayer)]
+        if not layers:
+            raise ConfigError("only layers of nextn's own trunk can be compiled or recomputed")
+        return layers
 
 
 def _losses(
