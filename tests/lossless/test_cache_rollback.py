@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
@@ -13,9 +13,12 @@ from torch import Tensor
 
 from nextn.decoding import generate, plain_reference
 from nextn.decoding.draft import Drafter
+from nextn.decoding.engine_drafts import SingleCacheDrafter
 from nextn.decoding.sampling import SamplingConfig, transform
+from nextn.model import Trunk
 from nextn.model.cache import LayerCache
 from nextn.mtp import MTPModel
+from nextn.mtp.scheme import Scheme
 
 from .conftest import TEXT, TINY, memorising_model, random_model
 
@@ -23,7 +26,7 @@ SAMPLING = SamplingConfig(temperature=1.0)
 CAPACITY = 40
 
 
-def drafts_from_scratch(model: MTPModel, known: list[int], num_drafts: int, drafts: list[int]) -> Tensor:
+def drafts_from_scratch(model: MTPModel, known: list[int], num_draft_tokens: int, drafts: list[int]) -> Tensor:
     """Draft distributions [N, V] without any cache: every depth over all positions 0..n-1, t[0..n] known.
 
     `drafts` are the tokens drafted in place of t[n+1], ..., which deeper depths read.
@@ -32,7 +35,7 @@ def drafts_from_scratch(model: MTPModel, known: list[int], num_drafts: int, draf
     hidden = model.trunk.hidden_states(torch.tensor([tokens[:num_positions]]))
     hidden = model.scheme.trunk_state(hidden, model.trunk.final_norm(hidden))
     rows = []
-    for depth in range(1, num_drafts + 1):
+    for depth in range(1, num_draft_tokens + 1):
         embedded = torch.tensor([[tokens[position + depth] for position in range(num_positions)]])
         state = model.scheme.step(model.trunk, depth, hidden, embedded, model.trunk.context(hidden.shape[1]))
         rows.append(model.scheme.head(model.trunk, depth)(state.head_input)[0, -1])
@@ -42,7 +45,13 @@ def drafts_from_scratch(model: MTPModel, known: list[int], num_drafts: int, draf
 
 @torch.inference_mode()
 def largest_difference(
-    drafter_class: type[Drafter], model: MTPModel, num_rows: int, draft_length: int, seed: int, num_cycles: int = 4
+    new_drafter: Callable[[Trunk, Scheme, int, int, int], Drafter | SingleCacheDrafter],
+    model: MTPModel,
+    num_rows: int,
+    draft_length: int,
+    seed: int,
+    num_cycles: int = 4,
+    from_scratch: Callable[[MTPModel, list[int], int, list[int]], Tensor] = drafts_from_scratch,
 ) -> float:
     """Drive a drafter through cycles of random acceptance; the largest difference to drafting from scratch."""
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +59,7 @@ def largest_difference(
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=generator))
 
-    drafter = drafter_class(model.trunk, model.scheme, num_rows, CAPACITY, draft_length)
+    drafter = new_drafter(model.trunk, model.scheme, num_rows, CAPACITY, draft_length)
     known = [[draw(0, TINY.vocab_size - 1) for _ in range(draw(2, 6))] for _ in range(num_rows)]
     token_ids = torch.zeros(num_rows, CAPACITY, dtype=torch.int64)
     largest = 0.0
@@ -61,15 +70,15 @@ def largest_difference(
         positions = torch.arange(CAPACITY).expand(num_rows, -1)
         hidden = model.trunk.hidden_states(token_ids)
         drafter.observe(hidden, model.trunk.final_norm(hidden), positions)
-        num_drafts = draw(1, draft_length)
-        uniforms = torch.rand(num_rows, num_drafts, generator=generator, dtype=torch.float64)
-        probs = drafter.draft(token_ids, [len(tokens) for tokens in known], num_drafts, SAMPLING, uniforms)
+        num_draft_tokens = draw(1, draft_length)
+        uniforms = torch.rand(num_rows, num_draft_tokens, generator=generator, dtype=torch.float64)
+        probs = drafter.draft(token_ids, [len(tokens) for tokens in known], num_draft_tokens, SAMPLING, uniforms)
         num_final = []
         for row, tokens in enumerate(known):
-            drafts = token_ids[row, len(tokens) : len(tokens) + num_drafts].tolist()
-            expected = drafts_from_scratch(model, tokens, num_drafts, drafts)
+            drafts = token_ids[row, len(tokens) : len(tokens) + num_draft_tokens].tolist()
+            expected = from_scratch(model, tokens, num_draft_tokens, drafts)
             largest = max(largest, (probs[row] - expected).abs().max().item())
-            num_accepted = draw(0, num_drafts)
+            num_accepted = draw(0, num_draft_tokens)
             num_final.append(len(tokens) + num_accepted)
             known[row] = [*tokens, *drafts[:num_accepted], draw(0, TINY.vocab_size - 1)]
         drafter.roll_back(num_final)

@@ -184,13 +184,13 @@ def test_plain_sampling_is_the_same_loop_without_drafts(half_trained: MTPModel):
 
 
 @torch.inference_mode()
-def raw_draft_logits(model: MTPModel, known: list[int], num_drafts: int) -> torch.Tensor:
-    """Logits that depths 1..num_drafts draft from, [num_drafts, V], uncached: `known` ends with the drafts themselves.
+def raw_draft_logits(model: MTPModel, known: list[int], num_draft_tokens: int) -> torch.Tensor:
+    """Logits that depths 1..num_draft_tokens draft from, [num_draft_tokens, V], uncached: `known` ends with the drafts.
 
     Depth k drafts the token after t[n+k-1] from position n-1, the last one it has in the row t[0..n+k-1].
     """
-    end = len(known) - num_drafts
-    rows = [torch.tensor([known[: end + depth - 1]]) for depth in range(1, num_drafts + 1)]
+    end = len(known) - num_draft_tokens
+    rows = [torch.tensor([known[: end + depth - 1]]) for depth in range(1, num_draft_tokens + 1)]
     return torch.stack([model(row).logits_per_depth[depth][0, -1] for depth, row in enumerate(rows, start=1)])
 
 

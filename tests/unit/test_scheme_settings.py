@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nextn.cli.generate import _usual_draft_length
 from nextn.config import MTPConfig
+from nextn.decoding.request import resolve_draft_length
 from nextn.errors import ConfigError
 from nextn.mtp import SCHEMES, MTPModel, check_scheme
 from nextn.mtp.shared_module import SharedModule
@@ -113,7 +113,7 @@ def test_an_unknown_scheme_is_refused_with_the_known_ones():
 @pytest.mark.parametrize(
     ("scheme", "num_depths", "usual"), [("sequential", 1, 3), ("parallel", 2, 2), ("parallel", 4, 3)]
 )
-def test_the_generate_command_drafts_three_tokens_or_as_many_as_the_scheme_can(
+def test_three_tokens_are_drafted_or_as_many_as_the_scheme_can_unless_said_otherwise(
     scheme: str, num_depths: int, usual: int
 ):
-    assert _usual_draft_length(MTPModel(TINY, MTPConfig(scheme=scheme, num_depths=num_depths))) == usual
+    assert resolve_draft_length(MTPModel(TINY, MTPConfig(scheme=scheme, num_depths=num_depths)), None) == usual

@@ -24,9 +24,6 @@ Strong enough to stay five different colours where a terminal has sixteen.
 """
 
 
-USUAL_DRAFT_LENGTH = 3
-
-
 def generate(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder (its last checkpoint is taken).")],
     prompt: Annotated[
@@ -59,11 +56,8 @@ def generate(
     if not prompts:
         raise GenerationError('no prompt; give one with -p "TEXT", or -p - to read standard input')
     model = nextn.load(path, device=device, dtype=dtype)
-    if model.scheme is None and draft_length != 0:
+    if model.scheme is None and draft_length is None:
         messages().print("this model has no MTP depths: decoding plainly")
-        draft_length = 0
-    if draft_length is None:
-        draft_length = _usual_draft_length(model)
     if temperature == 0 and (top_k, top_p) != (None, None):
         messages().print("--top-k and --top-p have no effect at temperature 0 (greedy); add --temperature to sample")
         top_k = top_p = None
@@ -87,13 +81,7 @@ def generate(
         else:  # as it is, tabs included: what is piped into a file must be the model's text
             print(text + result.texts[index])
     if show_drafts:
-        _print_statistics(messages(), result, draft_length)
-
-
-def _usual_draft_length(model: MTPModel) -> int:
-    """Three, or the most that the model's scheme can draft."""
-    longest = None if model.scheme is None else model.scheme.max_draft_length(model.num_depths)
-    return USUAL_DRAFT_LENGTH if longest is None else min(USUAL_DRAFT_LENGTH, longest)
+        _print_statistics(messages(), result)
 
 
 def _standard_input() -> str:
@@ -115,7 +103,8 @@ def _coloured(model: MTPModel, result: GenerationResult, index: int) -> Text:
     return text
 
 
-def _print_statistics(console: Console, result: GenerationResult, draft_length: int) -> None:
+def _print_statistics(console: Console, result: GenerationResult) -> None:
+    draft_length = result.stats.draft_length
     legend = Text("\ntrunk ")
     for depth in range(1, draft_length + 1):
         legend.append(f" depth {depth} ", style=DEPTH_STYLES[min(depth, len(DEPTH_STYLES) - 1)])

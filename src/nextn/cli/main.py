@@ -10,8 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 
 import nextn
+from nextn.cli.bench import bench
 from nextn.cli.demo import demo
+from nextn.cli.doctor import doctor
 from nextn.cli.evaluate import evaluate
+from nextn.cli.export import export
 from nextn.cli.generate import generate
 from nextn.cli.train import train
 from nextn.errors import NextnError
@@ -22,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, evaluate, generate):
+for command in (demo, train, evaluate, generate, export, bench, doctor):
     app.command()(command)
 
 

@@ -66,7 +66,7 @@ class Drafter:
         self,
         token_ids: Tensor,
         num_known: Sequence[int],
-        num_drafts: int,
+        num_draft_tokens: int,
         sampling: SamplingConfig,
         uniforms: Tensor | None,
     ) -> Tensor:
@@ -74,21 +74,21 @@ class Drafter:
 
         Args:
             token_ids: int64 [B, capacity]; row b holds `num_known[b]` >= 2 tokens, the last of which the trunk has not
-                read yet. Written at the `num_drafts` places after them.
+                read yet. Written at the `num_draft_tokens` places after them.
             num_known: known tokens per row.
-            num_drafts: how many tokens to draft now, 1..N.
+            num_draft_tokens: how many tokens to draft now, 1..N.
             sampling: how a drafted token is chosen.
-            uniforms: numbers in [0, 1), float64 [B, num_drafts]; None when greedy.
+            uniforms: numbers in [0, 1), float64 [B, num_draft_tokens]; None when greedy.
 
         Returns:
-            The distributions the drafts were chosen from, float32 [B, num_drafts, V].
+            The distributions the drafts were chosen from, float32 [B, num_draft_tokens, V].
         """
         # All depths read up to the position at which depth 1 embeds the last known token.
         ends = [num_final_positions(known, depth=1) for known in num_known]
         num_keys = max(ends)
         next_places = torch.tensor(num_known, device=token_ids.device)
         draft_probs = []
-        for depth in range(1, num_drafts + 1):
+        for depth in range(1, num_draft_tokens + 1):
             positions = self._window(ends, self._num_read[depth])
             state = self._scheme.step(
                 self._trunk,

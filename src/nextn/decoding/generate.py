@@ -13,7 +13,6 @@ Draft length 0 is plain cached decoding through the same loop: the baseline that
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,10 +20,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nextn.decoding.draft import Drafter
+from nextn.decoding.engine_drafts import AS_TRAINED, new_drafter
+from nextn.decoding.request import Request, checked_request, prompt_token_ids
 from nextn.decoding.sampling import SamplingConfig, choose, draw_uniforms, row_generators, transform
 from nextn.decoding.statistics import AcceptanceStatistics
-from nextn.decoding.verify import VERIFIERS, Verifier
+from nextn.decoding.verify import Verifier
 from nextn.errors import GenerationError
 from nextn.mtp.model import MTPModel
 
@@ -64,17 +64,6 @@ class GenerationResult:
 
 
 @dataclass(frozen=True)
-class _Request:
-    """One call of `generate`, checked."""
-
-    max_new_tokens: int
-    draft_length: int
-    sampling: SamplingConfig
-    eos_token_id: int | None
-    verifier: Verifier
-
-
-@dataclass(frozen=True)
 class _Row:
     """One decoded prompt."""
 
@@ -92,7 +81,8 @@ def generate(
     prompts: Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int = 128,
-    draft_length: int = 3,
+    draft_length: int | None = None,
+    drafting: str = AS_TRAINED,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -101,7 +91,7 @@ def generate(
     eos_token_id: int | Literal["auto"] | None = "auto",
     verifier: str | Verifier = "auto",
 ) -> GenerationResult:
-    """Continue each prompt, losslessly: the output (or its law) does not depend on `draft_length`.
+    """Continue each prompt, losslessly: the output (or its law) does not depend on what is drafted.
 
     Prompts are decoded one after another. The random numbers of prompt number r depend on (seed, r) only. Arithmetic in
     bfloat16 rounds a forward of one token and one of several differently, which can tip a near tie; in float32 greedy
@@ -112,7 +102,10 @@ def generate(
         prompts: texts (need the model's tokenizer) or token ids; at least one token each.
         max_new_tokens: most tokens to add to each prompt.
         draft_length: N, tokens drafted per cycle; 0 is plain decoding. Beyond the trained depths the sequential scheme
-            uses its last module again; the others cannot draft further.
+            uses its last module again; the others cannot draft further. None: 3, or as many as the scheme can draft;
+            0 for a model without MTP.
+        drafting: which tokens are drafted: "as_trained", or as an engine would draft them (`engine_drafts`), to see
+            what it loses or gains: "transformers", "vllm", "llamacpp". It changes acceptance, never the output's law.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_k: keep the k most likely tokens.
         top_p: keep the fewest tokens whose probabilities sum to this.
@@ -126,33 +119,25 @@ def generate(
 
     Raises:
         GenerationError: a prompt is empty, too long for the context or holds an unknown token; drafting is asked of a
-            model without MTP, or more drafts than its scheme can make; sampling settings are out of range or
-            contradict the verifier.
+            model without MTP, or more drafts than its scheme can make, or drafts that the engine does not make of this
+            model; sampling settings are out of range or contradict the verifier.
         ValueError: `prompts` is a single string instead of a list.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts is a list of prompts, got a single string; write [prompt]")
     sampling = SamplingConfig(temperature, top_k, top_p, min_p, seed)
-    if sampling.is_greedy and (top_k, top_p, min_p) != (None, None, None):
-        warnings.warn("top_k, top_p and min_p have no effect at temperature 0 (greedy)", stacklevel=2)
-    if max_new_tokens < 1:
-        raise GenerationError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if draft_length < 0:
-        raise GenerationError(f"draft_length must be 0 (plain decoding) or more, got {draft_length}")
-    if draft_length > 0 and model.scheme is None:
-        raise GenerationError(
-            f"draft_length = {draft_length}, but this model has no MTP depths; use draft_length = 0 (plain decoding)"
-        )
-    longest = None if model.scheme is None else model.scheme.max_draft_length(model.num_depths)
-    if longest is not None and draft_length > longest:
-        raise GenerationError(
-            f"draft_length = {draft_length}, but the {model.mtp_config.scheme} scheme drafts one token per trained "
-            f"depth: at most {longest} with this model"
-        )
     if eos_token_id == "auto":
         eos_token_id = None if model.tokenizer is None else model.tokenizer.eos_token_id
-    request = _Request(max_new_tokens, draft_length, sampling, eos_token_id, _resolve_verifier(verifier, sampling))
-    prompt_ids = [_prompt_ids(model, prompt, number, max_new_tokens) for number, prompt in enumerate(prompts)]
+    request = checked_request(
+        model,
+        max_new_tokens=max_new_tokens,
+        draft_length=draft_length,
+        drafting=drafting,
+        sampling=sampling,
+        eos_token_id=eos_token_id,
+        verifier=verifier,
+    )
+    prompt_ids = [prompt_token_ids(model, prompt, number, max_new_tokens) for number, prompt in enumerate(prompts)]
 
     was_training = model.training
     model.eval()
@@ -166,7 +151,7 @@ def generate(
         token_ids=tuple(tuple(row.token_ids) for row in rows),
         origins=tuple(tuple(row.origins) for row in rows),
         finish_reasons=tuple(row.finish_reason for row in rows),
-        stats=AcceptanceStatistics.of_cycles(draft_length, [cycle for row in rows for cycle in row.cycles]),
+        stats=AcceptanceStatistics.of_cycles(request.draft_length, [cycle for row in rows for cycle in row.cycles]),
         num_trunk_forwards=sum(row.num_trunk_forwards for row in rows),
         prefill_s=sum(row.prefill_s for row in rows),
         decode_s=sum(row.decode_s for row in rows),
@@ -192,7 +177,7 @@ def plain_reference(model: MTPModel, prompt_ids: Sequence[int], max_new_tokens: 
     return token_ids[len(prompt_ids) :]
 
 
-def _decode(model: MTPModel, prompt_ids: list[int], number: int, request: _Request) -> _Row:
+def _decode(model: MTPModel, prompt_ids: list[int], number: int, request: Request) -> _Row:
     """The loop of the module's docstring for one prompt."""
     started = time.perf_counter()
     trunk, sampling, draft_length = model.trunk, request.sampling, request.draft_length
@@ -205,7 +190,7 @@ def _decode(model: MTPModel, prompt_ids: list[int], number: int, request: _Reque
     cache = trunk.new_cache(num_rows=1, capacity=num_total)
     drafter = None
     if draft_length and model.scheme is not None:
-        drafter = Drafter(trunk, model.scheme, 1, num_total, draft_length)
+        drafter = new_drafter(trunk, model.scheme, 1, num_total, draft_length, request.drafting)
 
     def read(first: int, end: int) -> Tensor:
         """Normed trunk states at positions first..end-1, [1, end - first, C]; the drafter sees them too."""
@@ -236,22 +221,22 @@ def _decode(model: MTPModel, prompt_ids: list[int], number: int, request: _Reque
 
     while len(new_ids) < request.max_new_tokens and new_ids[-1] != request.eos_token_id:
         # The verifying forward adds a token of its own, so one draft fewer than what is left can still be emitted.
-        num_drafts = min(draft_length, num_total - num_known - 1)
+        num_draft_tokens = min(draft_length, num_total - num_known - 1)
         # The same amount of random numbers every cycle: for the drafts, for their acceptance, for the next token.
         random = randoms(2 * draft_length + 1)
         draft_probs = first_probs.new_zeros(1, 0, trunk.vocab_size)
-        if drafter is not None and num_drafts:
-            draft_random = None if random is None else random[:, :num_drafts]
-            draft_probs = drafter.draft(token_ids, [num_known], num_drafts, sampling, draft_random)
+        if drafter is not None and num_draft_tokens:
+            draft_random = None if random is None else random[:, :num_draft_tokens]
+            draft_probs = drafter.draft(token_ids, [num_known], num_draft_tokens, sampling, draft_random)
 
-        target_probs = target(read(num_known - 1, num_known + num_drafts))
-        drafts = token_ids[:, num_known : num_known + num_drafts]
+        target_probs = target(read(num_known - 1, num_known + num_draft_tokens))
+        drafts = token_ids[:, num_known : num_known + num_draft_tokens]
         verified = request.verifier(
             drafts,
             draft_probs,
             target_probs,
-            torch.tensor([num_drafts], device=trunk.device),
-            None if random is None else random[:, -(num_drafts + 1) :],
+            torch.tensor([num_draft_tokens], device=trunk.device),
+            None if random is None else random[:, -(num_draft_tokens + 1) :],
         )
         num_accepted, next_id, *draft_ids = torch.cat((verified.num_accepted, verified.next_ids, drafts[0])).tolist()
         num_known += num_accepted
@@ -260,7 +245,7 @@ def _decode(model: MTPModel, prompt_ids: list[int], number: int, request: _Reque
         token_ids[0, num_known] = next_id
         num_known += 1
         num_forwards += 1
-        cycles.append((num_drafts, num_accepted))
+        cycles.append((num_draft_tokens, num_accepted))
 
         emitted = [*draft_ids[:num_accepted], next_id]
         if request.eos_token_id in emitted:
@@ -271,43 +256,6 @@ def _decode(model: MTPModel, prompt_ids: list[int], number: int, request: _Reque
     finish_reason: FinishReason = "eos" if new_ids[-1] == request.eos_token_id else "length"
     decode_s = time.perf_counter() - prefilled
     return _Row(new_ids, origins, cycles, num_forwards, prefilled - started, decode_s, finish_reason)
-
-
-def _resolve_verifier(verifier: str | Verifier, sampling: SamplingConfig) -> Verifier:
-    if not isinstance(verifier, str):
-        return verifier
-    if verifier == "auto":
-        verifier = "exact" if sampling.is_greedy else "rejection"
-    if verifier not in VERIFIERS:
-        raise GenerationError(f"unknown verifier {verifier!r}; there are: auto, {', '.join(VERIFIERS)}")
-    if verifier == "exact" and not sampling.is_greedy:
-        raise GenerationError(
-            f"verifier 'exact' is greedy, but temperature = {sampling.temperature}; use 'rejection' or temperature 0"
-        )
-    if verifier == "rejection" and sampling.is_greedy:
-        raise GenerationError("verifier 'rejection' samples, but temperature = 0; use 'exact' or a temperature above 0")
-    return VERIFIERS[verifier]
-
-
-def _prompt_ids(model: MTPModel, prompt: str | Sequence[int], number: int, max_new_tokens: int) -> list[int]:
-    """The prompt as checked token ids."""
-    if isinstance(prompt, str):
-        if model.tokenizer is None:
-            raise GenerationError(f"prompt {number} is text, but the model has no tokenizer; pass token ids")
-        prompt = model.tokenizer.encode(prompt).tolist()
-    token_ids = [int(token_id) for token_id in prompt]
-    if not token_ids:
-        raise GenerationError(f"prompt {number} is empty; a prompt needs at least one token")
-    vocab_size, context = model.trunk.vocab_size, model.trunk.max_position_embeddings
-    unknown = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
-    if unknown is not None:
-        raise GenerationError(f"prompt {number} holds token id {unknown}; the vocabulary has ids 0..{vocab_size - 1}")
-    if len(token_ids) + max_new_tokens > context:
-        raise GenerationError(
-            f"prompt {number} has {len(token_ids)} tokens; with max_new_tokens = {max_new_tokens} that exceeds the "
-            f"context of {context} (max_position_embeddings); shorten one of them"
-        )
-    return token_ids
 
 
 def _text(model: MTPModel, row: _Row) -> str:

@@ -1,0 +1,247 @@
+"""`nextn bench`: decoding speed and acceptance of one checkpoint at several draft lengths, beside plain decoding."""
+
+from __future__ import annotations
+
+import hashlib
+import json as json_format
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import nextn
+from nextn.checkpoint import write_json
+from nextn.cli.output import interruptible, messages, status
+from nextn.decoding.engine_drafts import AS_TRAINED, DRAFTING
+from nextn.decoding.request import resolve_draft_length
+from nextn.errors import CheckpointError, DataError, GenerationError
+from nextn.mtp import MTPModel, find_checkpoint
+from nextn.report.html import plural
+from nextn.report.measurement import TimedDecodings, held_out_prompts, mean_repeated_share, time_decodings
+from nextn.report.provenance import collect
+from nextn.report.schema import DecodingArm
+from nextn.tables import to_table
+from nextn.training import prepare_held_out, read_recipe
+
+USUAL_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """What is decoded: texts or token ids, how far, and where they come from (for the provenance)."""
+
+    prompts: tuple[str | list[int], ...]
+    max_new_tokens: int
+    source: dict[str, Any]
+
+
+def bench(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder (its last checkpoint is taken).")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help='Prompts, one object {"prompt": "..."} a line. Default: the text held out of the run\'s training.',
+        ),
+    ] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="Held-out prompts decoded. Default: as trained.")
+    ] = None,
+    draft_lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Numbers of drafted tokens to try; 0, plain decoding, is always measured. Default: 0 to 3, or as many "
+            "as the scheme can draft.",
+        ),
+    ] = None,
+    as_: Annotated[
+        str, typer.Option("--as", metavar="ENGINE", help=f"Draft as that engine does: {', '.join(DRAFTING)}.")
+    ] = AS_TRAINED,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", "-n", min=2, help="Tokens per prompt. Default: as trained; 128."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats of each draft length.")] = 3,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    json: Annotated[Path | None, typer.Option(help="Also write the figures and their provenance to this file.")] = None,
+) -> None:
+    """Measure decoding, plain and with drafts, in turn in one process: tokens per second, speedup, acceptance.
+
+    AL is the mean acceptance length, "acceptance" the share of cycles that accept the first, second, ... draft, "same"
+    the outputs equal to plain decoding. Greedy text that repeats itself flatters acceptance: look at the column
+    "repeated", and at --temperature 1 too.
+
+    `--as` changes which tokens are drafted, so AL and acceptance are that engine's; tokens per second stay nextn's.
+
+    Examples:
+
+        nextn bench runs/demo
+
+        nextn bench runs/demo --temperature 1 --draft-lengths 1,2,4 --repeats 5 --json bench.json
+
+        nextn bench runs/demo --prompts prompts.jsonl --as vllm
+    """
+    folder = find_checkpoint(path)
+    given = None if prompts is None else _read_prompts(prompts, max_new_tokens or USUAL_NEW_TOKENS)
+    model = nextn.load(folder, device=device, dtype=dtype)
+    lengths = _draft_lengths(model, draft_lengths, as_)
+    console = messages()
+    if given is None:
+        given = _held_out(folder, model, num_prompts, max_new_tokens, console)
+    with (
+        interruptible(console, "nothing was written"),
+        Progress(console=console, disable=not console.is_terminal) as bar,
+    ):
+        task = bar.add_task("decoding", total=len(lengths) * repeats)
+        if not console.is_terminal:
+            console.print(f"decoding {plural(len(given.prompts), 'prompt')}, each draft length in turn")
+        timed = time_decodings(
+            model,
+            given.prompts,
+            lengths,
+            max_new_tokens=given.max_new_tokens,
+            temperature=temperature,
+            num_repeats=repeats,
+            drafting=as_,
+            progress=lambda: bar.advance(task),
+        )
+    name = "greedy" if temperature == 0 else "sampled"
+    arms = [timed.arm(name, length) for length in lengths if length]
+    title = (
+        f"{name}, {plural(len(given.prompts), 'prompt')}, {given.max_new_tokens} tokens each, "
+        f"{plural(repeats, 'repeat')}, {dtype}" + ("" if as_ == AS_TRAINED else f", drafted as {as_} does")
+    )
+    _print_table(Console(), title, timed, arms)
+    if as_ != AS_TRAINED:
+        console.print(f"AL and acceptance are those of {as_}'s drafts; tokens per second are nextn's, not {as_}'s")
+    if json is not None:
+        write_json(json, _figures(timed, arms, given, as_, dtype, device))
+
+
+def _draft_lengths(model: MTPModel, wanted: str | None, drafting: str) -> list[int]:
+    """Each N once, in growing order, 0 among them. Raises GenerationError for one that this model cannot draft."""
+    if wanted is None:
+        longest = resolve_draft_length(model, None, drafting)
+        return [0, longest] if drafting == "transformers" and longest else list(range(longest + 1))
+    try:
+        lengths = {int(length) for length in wanted.split(",")}
+    except ValueError:
+        raise GenerationError(
+            f"--draft-lengths takes whole numbers separated by commas, such as 0,1,2,3; got {wanted!r}"
+        ) from None
+    return sorted({0} | {resolve_draft_length(model, length, drafting) for length in lengths})
+
+
+def _read_prompts(path: Path, max_new_tokens: int) -> PromptSet:
+    """Prompts of a JSON-lines file; blank lines are skipped. Raises DataError naming the line that is not one."""
+    try:
+        content = path.read_bytes()
+        lines = content.decode("utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; --prompts names a JSON-lines file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte 0x{error.object[error.start]:02x} at {error.start})") from None
+    wanted = 'each line is an object such as {"prompt": "def main("}'
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json_format.loads(line)
+        except json_format.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number} is not JSON ({error.msg}); {wanted}") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+            raise DataError(f"{path}, line {number} has no text under 'prompt'; {wanted}")
+        if not entry["prompt"]:
+            raise DataError(f"{path}, line {number}: the prompt is empty; it needs at least one token")
+        prompts.append(entry["prompt"])
+    if not prompts:
+        raise DataError(f"{path} holds no prompts; {wanted}")
+    return PromptSet(tuple(prompts), max_new_tokens, {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()})
+
+
+def _held_out(
+    folder: Path, model: MTPModel, num_prompts: int | None, max_new_tokens: int | None, console: Console
+) -> PromptSet:
+    """Prompts cut from what was held out of the checkpoint's own training."""
+    if model.tokenizer is None or not (folder / "recipe.json").exists():
+        raise CheckpointError(
+            f"{folder} does not say what it was trained on (it has no "
+            f"{'tokenizer' if model.tokenizer is None else 'recipe.json'}), so there is no held-out text; "
+            "name prompts with --prompts FILE.jsonl"
+        )
+    recipe = read_recipe(folder / "recipe.json")
+    changes = {"num_prompts": num_prompts, "max_new_tokens": max_new_tokens}
+    settings = replace(recipe.evaluation, **{key: value for key, value in changes.items() if value is not None})
+    if settings.num_prompts == 0:
+        raise GenerationError(f"{folder} was trained with evaluation.num_prompts = 0; say how many with --num-prompts")
+    with status(console) as say:
+        data = prepare_held_out(recipe.data, model.tokenizer, say=say)
+    found = held_out_prompts(data.validation, settings)
+    source = {"corpus": data.corpus.name, "sha256": data.corpus.sha256, "prompt_length": settings.prompt_length}
+    return PromptSet(found.prompts, settings.max_new_tokens, source)
+
+
+def _print_table(console: Console, title: str, timed: TimedDecodings, arms: list[DecodingArm]) -> None:
+    """One row per N.
+
+    Rates and speedups are medians with their range; acceptance is unconditional, one share per drafted token; `same`
+    counts outputs equal to plain decoding.
+    """
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for heading in ("N", "AL", "acceptance", "tok/s", "range", "speedup", "range", "same", "repeated"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    repeated = mean_repeated_share(timed.results[0].token_ids)
+    table.add_row("0", "1.00", "-", *_rates(timed.tok_per_s[0]), "1.00x", "-", "-", f"{repeated:.0%}")
+    for arm in arms:
+        compared = arm.num_compared_outputs
+        table.add_row(
+            str(arm.draft_length),
+            f"{arm.mean_acceptance_length:.2f}",
+            " ".join("-" if share is None else f"{share:.2f}" for share in arm.acceptance_unconditional),
+            *_rates(arm.speculative_tok_per_s),
+            f"{arm.speedup.median:.2f}x",
+            f"{arm.speedup.lowest:.2f}-{arm.speedup.highest:.2f}",
+            "-" if compared is None else f"{arm.num_identical_outputs}/{compared}",
+            f"{arm.repeated_text_share_speculative:.0%}",
+        )
+    console.print(table)
+
+
+def _rates(tok_per_s: tuple[float, ...]) -> tuple[str, str]:
+    return f"{statistics.median(tok_per_s):.0f}", f"{min(tok_per_s):.0f}-{max(tok_per_s):.0f}"
+
+
+def _figures(
+    timed: TimedDecodings, arms: list[DecodingArm], given: PromptSet, drafting: str, dtype: str, device: str
+) -> dict[str, Any]:
+    """What was measured and how, ready for JSON."""
+    return {
+        "plain_tok_per_s": list(timed.tok_per_s[0]),
+        "arms": [to_table(arm) for arm in arms],
+        "settings": {
+            "drafting": drafting,
+            "temperature": timed.temperature,
+            "num_prompts": len(given.prompts),
+            "max_new_tokens": given.max_new_tokens,
+            "num_repeats": len(timed.tok_per_s[0]),
+            "dtype": dtype,
+        },
+        "provenance": collect(seed=0, device=device, corpus=given.source),
+    }

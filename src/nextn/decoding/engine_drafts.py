@@ -1,0 +1,217 @@
+"""Drafting as serving engines do it, beside `Drafter`, which drafts as the depths were trained.
+
+What is drafted changes acceptance, never the output. Read in the engines' sources; "position i" is the pair of the
+trunk's state h[i] and the token t[i+1], as in `nextn.alignment` at depth 1:
+
+- `transformers` (5.23, MTPCandidateGenerator): one draft per stored module, each with a cache layer of its own. That is
+  as trained, with N fixed.
+- `vllm` (0.32, v1/spec_decode/llm_base_proposer.py, models/deepseek_mtp.py) has one cache layer, and runs the *first*
+  module for every draft. Draft 1 reads the positions that are new since the last cycle, true states and true tokens.
+  Draft n >= 2 reads one position more: the normed state that draft n-1 came from, and the token that it drafted. It
+  attends to what draft 1 left at the earlier positions, where training has keys of depth n. The next cycle overwrites
+  the places of drafts. At position 0 the embedding is zeroed.
+- `llamacpp` (b11434, common/speculative.cpp, src/models/deepseek2.cpp) does the same, without zeroing anything, and
+  reads one pair more before position 0: a state of zeros, and t[0].
+
+Worked example, tokens A..E known, N = 3 (small letters are drafts, h the trunk's states, r recycled ones):
+
+    vllm       slot     0      1     2     3     4     5
+               state    h0     h1    h2    h3    r     r'
+               embeds   zeros  C     D     E     f     g    ->  f at slot 3, g at 4, the third draft at 5
+    llamacpp   slot     0      1     2     3     4     5     6
+               state    zeros  h0    h1    h2    h3    r     r'
+               embeds   A      B     C     D     E     f     g
+
+vllm and llamacpp draft the most likely token at every temperature (their default, `draft_sample_method = "greedy"` and
+no `probabilistic`): the distribution returned is then one-hot, and a draft x is accepted with probability target(x).
+
+Not emulated: an engine's rounding, and that llama.cpp's server pairs the first token of a later request in the same
+slot with a state left over from the request before it instead of zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from nextn.alignment import embedded_positions, num_final_positions
+from nextn.decoding.draft import Drafter
+from nextn.decoding.sampling import SamplingConfig, choose, transform
+from nextn.errors import GenerationError
+from nextn.model import Trunk
+from nextn.mtp.scheme import Scheme
+from nextn.mtp.sequential import Sequential
+
+AS_TRAINED = "as_trained"
+
+
+@dataclass(frozen=True)
+class SingleCacheConvention:
+    """Where an engine with one cache layer departs from training at the beginning of a row.
+
+    Attributes:
+        first_position: 0, or -1 where a pair of a zero state and t[0] comes first; it lies in cache slot 0.
+        zeroes_first_embedding: the embedding read at position 0 is zeros.
+    """
+
+    first_position: int
+    zeroes_first_embedding: bool
+
+
+SINGLE_CACHE = {
+    "vllm": SingleCacheConvention(first_position=0, zeroes_first_embedding=True),
+    "llamacpp": SingleCacheConvention(first_position=-1, zeroes_first_embedding=False),
+}
+DRAFTING = (AS_TRAINED, "transformers", *SINGLE_CACHE)
+"""Ways to draft, by the name a user gives."""
+
+GREEDY = SamplingConfig()
+
+
+def fixed_draft_length(scheme: Scheme, drafting: str) -> int | None:
+    """The only N above 0 that an engine drafts with, None if there is a choice: transformers drafts one per module."""
+    return len(scheme.layers) if drafting == "transformers" and isinstance(scheme, Sequential) else None
+
+
+def check_drafting(scheme: Scheme | None, drafting: str, draft_length: int) -> None:
+    """Raise GenerationError for an unknown way to draft, or N drafts that the engine does not make of this model."""
+    if drafting not in DRAFTING:
+        raise GenerationError(f"unknown drafting {drafting!r}; there are: {', '.join(DRAFTING)}")
+    if scheme is None or drafting == AS_TRAINED or draft_length == 0:
+        return
+    if not isinstance(scheme, Sequential):
+        raise GenerationError(
+            f"drafting = {drafting!r} needs the sequential scheme, which is what engines serve; this model's is "
+            f"{scheme.config.scheme!r}; use drafting = {AS_TRAINED!r}"
+        )
+    num_modules = len(scheme.layers)
+    reason = None
+    if scheme.config.trunk_hidden != "post_norm" or (scheme.config.carry != "post_norm" and draft_length > 1):
+        reason = (
+            "reads and recycles states after their norm, and this model was trained with trunk_hidden = "
+            f"{scheme.config.trunk_hidden}, carry = {scheme.config.carry}"
+        )
+    elif drafting == "transformers" and draft_length != num_modules:
+        reason = (
+            f"drafts one token per stored module, here {num_modules}; draft_length = {draft_length} is not possible"
+        )
+    elif drafting == "llamacpp" and num_modules > 1:
+        reason = (
+            f"runs exactly one MTP module, and this model has {num_modules}; share_weights trains one for all depths"
+        )
+    elif drafting == "vllm" and draft_length > num_modules and draft_length % num_modules:
+        reason = f"wants a multiple of the {num_modules} stored modules beyond them, got draft_length = {draft_length}"
+    if reason is not None:
+        raise GenerationError(f"drafting = {drafting!r}: that engine {reason}; or use drafting = {AS_TRAINED!r}")
+
+
+def new_drafter(
+    trunk: Trunk, scheme: Scheme, num_rows: int, capacity: int, draft_length: int, drafting: str = AS_TRAINED
+) -> Drafter | SingleCacheDrafter:
+    """The drafter of a way to draft that `check_drafting` has passed; arguments as for `Drafter`."""
+    if drafting in SINGLE_CACHE:
+        return SingleCacheDrafter(trunk, scheme, num_rows, capacity, SINGLE_CACHE[drafting])
+    return Drafter(trunk, scheme, num_rows, capacity, draft_length)
+
+
+class SingleCacheDrafter:
+    """Drafts of one module with one cache layer, as vLLM and llama.cpp make them; stands in for `Drafter`.
+
+    Args:
+        trunk: the model whose embedding, norm and head the module shares.
+        scheme: a sequential one; its first module drafts.
+        num_rows: B.
+        capacity: most tokens a row may hold, drafts included.
+        convention: what happens at the beginning of a row.
+    """
+
+    def __init__(self, trunk: Trunk, scheme: Scheme, num_rows: int, capacity: int, convention: SingleCacheConvention):
+        self._trunk, self._scheme, self._convention = trunk, scheme, convention
+        self._cache = scheme.new_cache(trunk, num_rows, capacity, draft_length=1)
+        self._rows = torch.arange(num_rows, device=trunk.device)
+        dtype = trunk.embed(self._rows[:1]).dtype
+        # By slot, which is the position counted from the convention's first one; what precedes position 0 stays zero.
+        self._states = torch.zeros(num_rows, capacity + 1, trunk.hidden_size, dtype=dtype, device=trunk.device)
+        # num_read[b]: row b's true pairs have been read at all positions below.
+        self._num_read = [convention.first_position] * num_rows
+
+    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor) -> None:
+        """Take over trunk states, as `Drafter.observe`."""
+        state = self._scheme.trunk_state(hidden, normed)
+        self._states.scatter_(1, self._slots(positions)[..., None].expand_as(state), state)
+
+    def draft(
+        self,
+        token_ids: Tensor,
+        num_known: Sequence[int],
+        num_draft_tokens: int,
+        sampling: SamplingConfig,
+        uniforms: Tensor | None,
+    ) -> Tensor:
+        """Draft tokens into `token_ids`, as `Drafter.draft`, but always the most likely ones.
+
+        Returns:
+            One-hot distributions, float32 [B, num_draft_tokens, V]; `sampling` and `uniforms` are not read.
+        """
+        ends = [num_final_positions(known, depth=1) for known in num_known]
+        positions = self._window(ends)
+        slots = self._slots(positions)
+        states = self._states.gather(1, slots[..., None].expand(-1, -1, self._states.shape[-1]))
+        self._num_read = ends
+        next_places = torch.tensor(num_known, device=token_ids.device)
+        draft_probs = []
+        for step in range(num_draft_tokens):
+            if step:  # one position more: the recycled state, and the token just drafted
+                positions = positions[:, -1:] + 1
+                slots = self._slots(positions)
+            state = self._scheme.step(
+                self._trunk_at(positions),
+                1,
+                states,
+                token_ids.gather(1, embedded_positions(positions, depth=1)),
+                self._trunk.cached_context(slots, num_keys=max(ends) - self._convention.first_position + step),
+                self._cache,
+            )
+            states = state.carry[:, -1:]
+            logits = self._scheme.head(self._trunk, 1)(state.head_input[:, -1])
+            probs = transform(logits, GREEDY)
+            token_ids[self._rows, next_places] = choose(probs, None)
+            next_places = next_places + 1
+            draft_probs.append(probs)
+        return torch.stack(draft_probs, dim=1)
+
+    def roll_back(self, num_final: Sequence[int]) -> None:
+        """Nothing to do: only true pairs count as read, and the next cycle overwrites the drafts' places."""
+
+    def _slots(self, positions: Tensor) -> Tensor:
+        return positions - self._convention.first_position
+
+    def _window(self, ends: Sequence[int]) -> Tensor:
+        """Positions still to read, int64 [B, M]: each row's last M before `ends`; shorter rows repeat their first."""
+        length = max(end - read for end, read in zip(ends, self._num_read, strict=True))
+        offsets = torch.arange(-length, 0, device=self._rows.device)
+        positions = torch.tensor(ends, device=self._rows.device)[:, None] + offsets
+        return positions.clamp_(min=self._convention.first_position)
+
+    def _trunk_at(self, positions: Tensor) -> Trunk:
+        """The trunk as the module sees it at these positions."""
+        if not self._convention.zeroes_first_embedding:
+            return self._trunk
+        return cast(Trunk, _ZeroFirstEmbedding(self._trunk, positions))
+
+
+class _ZeroFirstEmbedding:
+    """A trunk whose embedding is zeros at position 0."""
+
+    def __init__(self, trunk: Trunk, positions: Tensor):
+        self._trunk, self._is_first = trunk, (positions == 0)[..., None]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trunk, name)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        return self._trunk.embed(token_ids).masked_fill(self._is_first, 0)

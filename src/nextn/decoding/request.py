@@ -1,0 +1,128 @@
+"""What is asked of `generate`, checked before anything is computed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nextn.decoding.engine_drafts import AS_TRAINED, check_drafting, fixed_draft_length
+from nextn.decoding.sampling import SamplingConfig
+from nextn.decoding.verify import VERIFIERS, Verifier
+from nextn.errors import GenerationError
+from nextn.mtp.model import MTPModel
+from nextn.mtp.scheme import Scheme
+
+USUAL_DRAFT_LENGTH = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of `generate`, checked; see there."""
+
+    max_new_tokens: int
+    draft_length: int
+    drafting: str
+    sampling: SamplingConfig
+    eos_token_id: int | None
+    verifier: Verifier
+
+
+def checked_request(
+    model: MTPModel,
+    *,
+    max_new_tokens: int,
+    draft_length: int | None,
+    drafting: str,
+    sampling: SamplingConfig,
+    eos_token_id: int | None,
+    verifier: str | Verifier,
+) -> Request:
+    """The request, with what was left open decided. Raises GenerationError for what cannot be served."""
+    if sampling.is_greedy and (sampling.top_k, sampling.top_p, sampling.min_p) != (None, None, None):
+        warnings.warn("top_k, top_p and min_p have no effect at temperature 0 (greedy)", stacklevel=3)
+    if max_new_tokens < 1:
+        raise GenerationError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    return Request(
+        max_new_tokens,
+        resolve_draft_length(model, draft_length, drafting),
+        drafting,
+        sampling,
+        eos_token_id,
+        resolve_verifier(verifier, sampling),
+    )
+
+
+def resolve_draft_length(model: MTPModel, draft_length: int | None, drafting: str = AS_TRAINED) -> int:
+    """N to draft with.
+
+    Args:
+        model: trunk and MTP depths.
+        draft_length: what is asked for; None: 3, or as many as the scheme (or the engine) can draft, or 0 without MTP.
+        drafting: one of `engine_drafts.DRAFTING`.
+
+    Raises:
+        GenerationError: it is negative, or this model cannot draft so many tokens in this way.
+    """
+    scheme = model.scheme
+    longest = None if scheme is None else scheme.max_draft_length(model.num_depths)
+    if draft_length is None:
+        draft_length = _usual_draft_length(scheme, longest, drafting)
+    if draft_length < 0:
+        raise GenerationError(f"draft_length must be 0 (plain decoding) or more, got {draft_length}")
+    if scheme is None and draft_length > 0:
+        raise GenerationError(
+            f"draft_length = {draft_length}, but this model has no MTP depths; use draft_length = 0 (plain decoding)"
+        )
+    if longest is not None and draft_length > longest:
+        raise GenerationError(
+            f"draft_length = {draft_length}, but the {model.mtp_config.scheme} scheme drafts one token per trained "
+            f"depth: at most {longest} with this model"
+        )
+    check_drafting(scheme, drafting, draft_length)
+    return draft_length
+
+
+def _usual_draft_length(scheme: Scheme | None, longest: int | None, drafting: str) -> int:
+    if scheme is None:
+        return 0
+    usual = USUAL_DRAFT_LENGTH if longest is None else min(USUAL_DRAFT_LENGTH, longest)
+    return fixed_draft_length(scheme, drafting) or usual
+
+
+def resolve_verifier(verifier: str | Verifier, sampling: SamplingConfig) -> Verifier:
+    """The verifier of that name. Raises GenerationError when it is unknown or contradicts the sampling."""
+    if not isinstance(verifier, str):
+        return verifier
+    if verifier == "auto":
+        verifier = "exact" if sampling.is_greedy else "rejection"
+    if verifier not in VERIFIERS:
+        raise GenerationError(f"unknown verifier {verifier!r}; there are: auto, {', '.join(VERIFIERS)}")
+    if verifier == "exact" and not sampling.is_greedy:
+        raise GenerationError(
+            f"verifier 'exact' is greedy, but temperature = {sampling.temperature}; use 'rejection' or temperature 0"
+        )
+    if verifier == "rejection" and sampling.is_greedy:
+        raise GenerationError("verifier 'rejection' samples, but temperature = 0; use 'exact' or a temperature above 0")
+    return VERIFIERS[verifier]
+
+
+def prompt_token_ids(model: MTPModel, prompt: str | Sequence[int], number: int, max_new_tokens: int) -> list[int]:
+    """Prompt number `number` as token ids. Raises GenerationError: no tokenizer, empty, unknown token, too long."""
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise GenerationError(f"prompt {number} is text, but the model has no tokenizer; pass token ids")
+        prompt = model.tokenizer.encode(prompt).tolist()
+    token_ids = [int(token_id) for token_id in prompt]
+    if not token_ids:
+        raise GenerationError(f"prompt {number} is empty; a prompt needs at least one token")
+    vocab_size, context = model.trunk.vocab_size, model.trunk.max_position_embeddings
+    unknown = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
+    if unknown is not None:
+        raise GenerationError(f"prompt {number} holds token id {unknown}; the vocabulary has ids 0..{vocab_size - 1}")
+    if len(token_ids) + max_new_tokens > context:
+        raise GenerationError(
+            f"prompt {number} has {len(token_ids)} tokens; with max_new_tokens = {max_new_tokens} that exceeds the "
+            f"context of {context} (max_position_embeddings); shorten one of them"
+        )
+    return token_ids
