@@ -158,7 +158,7 @@ BAD_INPUTS = {
     "no checkpoint": (["evaluate", "run/checkpoints"], "neither a checkpoint"),
     "pickle": (["generate", "pickled", "-p", "x"], "refused"),
     "truncated checkpoint": (["generate", "truncated", "-p", "x"], "truncated"),
-    "foreign checkpoint": (["generate", "foreign", "-p", "x"], "model_type is 'llama'"),
+    "foreign checkpoint": (["generate", "foreign", "-p", "x"], "(model_type 'llama') means a trunk of"),
     "no prompt": (["generate", "run"], "no prompt"),
     "empty prompt": (["generate", "run", "-p", ""], "empty"),
     "too long": (["generate", "run", "-p", "x", "-n", "500"], "exceeds the context of 64"),

@@ -7,6 +7,7 @@ the family's layout into the sequential scheme with the family's conventions. A 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -54,7 +55,7 @@ def load_with_transformers(folder: Path, device: str = "cpu", dtype: str = "floa
     if dtype not in DTYPES:
         raise DeviceError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     target = resolve_device(device)
-    table = read_json(folder / CONFIG_FILE)
+    files, table = TensorFiles.open(folder), read_json(folder / CONFIG_FILE)
     if not isinstance(table, dict) or "model_type" not in table:
         raise CheckpointError(f"{folder / CONFIG_FILE} names no model_type, so nobody knows what these tensors are")
     if "quantization_config" in table:
@@ -62,7 +63,7 @@ def load_with_transformers(folder: Path, device: str = "cpu", dtype: str = "floa
             f"{folder}: weights quantised by {table['quantization_config'].get('quant_method', 'an unnamed method')!r} "
             f"are read for {NATIVE} only; save them as float weights first"
         )
-    files, family = TensorFiles.open(folder), family_of(table)
+    family = family_of(table)
     num_modules = _num_modules(folder, table, files, family)
     try:
         hf_model = _transformers_model(folder, table, files, family, DTYPES[dtype])
@@ -135,6 +136,7 @@ def _transformers_model(
         else:
             own = {key: value for key, value in table.items() if key not in ("model_type", "architectures", "auto_map")}
             config = AutoConfig.for_model(kind, **own)
+        _check_size(config, files, folder)
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -161,6 +163,20 @@ def _transformers_model(
     if mismatched := info["mismatched_keys"]:
         raise CheckpointError(f"{folder}: tensors do not have the shapes that {CONFIG_FILE} means: {_some(mismatched)}")
     return model.eval()
+
+
+def _check_size(config: Any, files: TensorFiles, folder: Path) -> None:
+    """Refuse, before any memory is taken, a trunk far larger than what is stored: the files are of another model."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    stored = sum(math.prod(files.shape(name)) for name in files.names)
+    if wanted > 2 * stored:
+        raise CheckpointError(
+            f"{folder}: {CONFIG_FILE} (model_type {config.model_type!r}) means a trunk of {wanted:,} weights, and the "
+            f"files hold {stored:,}: they belong to another model, or most of them are missing"
+        )
 
 
 def _load_modules(
