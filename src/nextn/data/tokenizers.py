@@ -27,6 +27,9 @@ END_OF_TEXT = "<|endoftext|>"
 
 NUM_BYTES = 256
 
+REPLACEMENT = "\ufffd"
+"""Stands for what is no text."""
+
 WELL_KNOWN_EOS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<｜end▁of▁sentence｜>", "<|im_end|>")  # noqa: RUF001
 """Looked for, in this order, in a saved tokenizer whose settings name no end-of-text token."""
 
@@ -52,7 +55,10 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
-        """The text of token ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
+        """The text of token ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD.
+
+        So do ids beyond the vocabulary, which models with a padded embedding can emit.
+        """
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -128,16 +134,15 @@ class ByteTokenizer:
         return np.frombuffer(_utf8(text), dtype=np.uint8).astype(np.int32)
 
     def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
-        """The text of the bytes, the end of text left out; `ValueError` for an id outside 0..256."""
-        ids = np.asarray(token_ids, dtype=np.int64)
-        if ids.size and not 0 <= ids.min() <= ids.max() <= NUM_BYTES:
-            raise ValueError(f"byte token ids lie in 0..{NUM_BYTES}, got {ids.min()}..{ids.max()}")
-        return ids[ids < NUM_BYTES].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+        """The text of the bytes, the end of text left out, ids above 256 as U+FFFD; `ValueError` below 0."""
+        return b"".join(self.token_bytes(int(token_id)) for token_id in token_ids).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The byte itself, or b"" for the end of text; `ValueError` for an id outside 0..256."""
-        if not 0 <= token_id <= NUM_BYTES:
-            raise ValueError(f"byte token ids lie in 0..{NUM_BYTES}, got {token_id}")
+        """The byte itself, b"" for the end of text, U+FFFD above; `ValueError` below 0."""
+        if token_id < 0:
+            raise ValueError(f"token ids are 0 or more, got {token_id}")
+        if token_id > NUM_BYTES:
+            return REPLACEMENT.encode()
         return b"" if token_id == NUM_BYTES else bytes([token_id])
 
     def save(self, folder: Path) -> None:
@@ -194,28 +199,31 @@ class SavedTokenizer:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
-        """The text of the tokens, special ones left out; `ValueError` for an id outside 0..V-1."""
-        ids = [int(token_id) for token_id in token_ids]
-        for token_id in ids:
-            self._check(token_id)
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        """The text of the tokens, special ones left out, ids from V on as U+FFFD; `ValueError` below 0."""
+        runs: list[list[int]] = [[]]
+        for token_id in map(int, token_ids):
+            if self._is_known(token_id):
+                runs[-1].append(token_id)
+            else:
+                runs.append([])
+        return REPLACEMENT.join(self._tokenizer.decode(run, skip_special_tokens=True) for run in runs)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token; `ValueError` for an id outside 0..V-1.
+        """The bytes of one token, U+FFFD's for an id from V on; `ValueError` below 0.
 
         The space that SentencePiece-like tokenizers put before a text belongs to its first token.
         """
-        self._check(token_id)
-        return self._all_token_bytes[token_id]
+        return self._all_token_bytes[token_id] if self._is_known(token_id) else REPLACEMENT.encode()
 
     def save(self, folder: Path) -> None:
         """Write `tokenizer.json` and the companion files it was read with, or settings that name the end of text."""
         settings = {"tokenizer_config.json": _own_settings(self._eos_token)}
         _write_tokenizer(folder, self._tokenizer, settings | self._companions)
 
-    def _check(self, token_id: int) -> None:
-        if not 0 <= token_id < self.vocab_size:
-            raise ValueError(f"token ids lie in 0..{self.vocab_size - 1}, got {token_id}")
+    def _is_known(self, token_id: int) -> bool:
+        if token_id < 0:
+            raise ValueError(f"token ids are 0 or more, got {token_id}")
+        return token_id < self.vocab_size
 
     @cached_property
     def _all_token_bytes(self) -> list[bytes]:
