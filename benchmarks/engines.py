@@ -3,9 +3,10 @@
     python benchmarks/engines.py runs/demo --engines .engines --out benchmarks/engines.json
 
 The checkpoint is exported for transformers, vLLM and llama.cpp, served on loopback, and asked to continue the same
-held-out prompts greedily, float32, two threads each. All servers stay up, and every prompt goes to every arm in turn, so
-that a slow minute of the machine hits all alike. A rate is new tokens over the time from request to answer, prompt
-included, HTTP included where there is a server. Engines that are not installed are left out, and the table says so.
+held-out prompts greedily, float32, two threads each. All servers stay up, and every prompt goes to every arm in turn,
+so a slow minute of the machine hits all alike. Before each request the machine rests, since engines wait for work by
+spinning. A rate is new tokens over the time from request to answer, prompt included, HTTP included where there is a
+server. Engines that are not installed are left out, and it says so.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from nextn.report.provenance import collect
 from nextn.training import prepare_held_out, read_recipe
 
 NUM_THREADS = 2
+REST_S = {"vllm": 2.0}
+"""Pause after a request, by engine, else 0.3 s: vLLM spins for a second, and the next engine would run at a tenth."""
+
 DRAFT_LENGTHS = (0, 1, 2, 3)
 Complete = Callable[[Sequence[int], int], Completion]
 
@@ -124,6 +128,7 @@ def all_arms(path: Path, model: MTPModel, engines: Path, work: Path, stack: Exit
 def measure(arms: list[Arm], prompts: Sequence[Sequence[int]], max_new_tokens: int, num_repeats: int) -> None:
     for arm in arms:  # warm-up
         arm.complete(prompts[0], 8)
+        time.sleep(REST_S.get(arm.engine, 0.3))
     for repeat in range(num_repeats):
         walls = {id(arm): 0.0 for arm in arms}
         num_tokens = dict.fromkeys(walls, 0)
@@ -131,6 +136,7 @@ def measure(arms: list[Arm], prompts: Sequence[Sequence[int]], max_new_tokens: i
             turn = (number + repeat) % len(arms)
             for arm in (*arms[turn:], *arms[:turn]):
                 answer = arm.complete(prompt, max_new_tokens)
+                time.sleep(REST_S.get(arm.engine, 0.3))
                 walls[id(arm)] += answer.wall_s
                 num_tokens[id(arm)] += len(answer.token_ids)
                 if repeat == 0:
