@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 import nextn
 from nextn.checkpoint import write_json
-from nextn.cli.output import interruptible, messages, status
+from nextn.cli.output import figures_table, interruptible, messages, status
 from nextn.decoding.engine_drafts import AS_TRAINED, DRAFTING
 from nextn.decoding.request import resolve_draft_length
 from nextn.errors import CheckpointError, DataError, GenerationError
@@ -197,16 +195,8 @@ def _print_table(console: Console, title: str, timed: TimedDecodings, arms: list
     Rates and speedups are medians with their range; acceptance is unconditional, one share per drafted token; `same`
     counts outputs equal to plain decoding.
     """
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    for heading in ("N", "AL", "acceptance", "tok/s", "range", "speedup", "range", "same", "repeated"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("N", "AL", "acceptance", "tok/s", "range", "speedup", "range", "same", "repeated")
+    table = figures_table(title, headings)
     repeated = mean_repeated_share(timed.results[0].token_ids)
     table.add_row("0", "1.00", "-", *_rates(timed.tok_per_s[0]), "1.00x", "-", "-", f"{repeated:.0%}")
     for arm in arms:

@@ -46,7 +46,7 @@ def interruptible(console: Console, hint: str) -> Iterator[None]:
 
 def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     """An evaluation line of metrics.jsonl: one row per depth, then one per decoding arm."""
-    depths = _table(
+    depths = figures_table(
         "held-out text, true tokens as input",
         ("depth", "loss (nats)", "bits per byte", "teacher-forced accuracy", "main agreement"),
     )
@@ -61,7 +61,7 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     console.print(depths)
     if not evaluation.get("decoding"):
         return
-    arms = _table(
+    arms = figures_table(
         "held-out prompts, decoded", ("arm", "N", "AL", "acceptance rate", "unconditional acceptance by draft")
     )
     for name, stats in evaluation["decoding"].items():
@@ -77,7 +77,7 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
 
 def print_arms(console: Console, arms: Sequence[DecodingArm]) -> None:
     """Speculative beside plain decoding; AL is the mean acceptance length, rates are medians; `same`: equal outputs."""
-    table = _table(
+    table = figures_table(
         "held-out prompts, speculative beside plain decoding",
         ("arm", "N", "AL", "plain tok/s", "MTP tok/s", "speedup", "range", "same", "repeated"),
     )
@@ -99,7 +99,7 @@ def print_arms(console: Console, arms: Sequence[DecodingArm]) -> None:
 
 def print_task_scores(console: Console, scores: Iterable[TaskScore]) -> None:
     """One row per metric; `n` is the number of questions, `+-` the standard error over them."""
-    table = _table("tasks", ("task", "version", "filter", "n-shot", "n", "metric", "value", "+-"))
+    table = figures_table("tasks", ("task", "version", "filter", "n-shot", "n", "metric", "value", "+-"))
     for score in scores:
         table.add_row(
             score.task,
@@ -114,7 +114,8 @@ def print_task_scores(console: Console, scores: Iterable[TaskScore]) -> None:
     console.print(table)
 
 
-def _table(title: str, headings: Sequence[str]) -> Table:
+def figures_table(title: str, headings: Sequence[str]) -> Table:
+    """An empty table of figures, every column to the right."""
     table = Table(
         title=title,
         title_justify="left",
@@ -124,7 +125,7 @@ def _table(title: str, headings: Sequence[str]) -> Table:
         collapse_padding=True,
     )
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 

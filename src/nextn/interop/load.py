@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nextn.checkpoint import TensorFiles, read_json
-from nextn.data.tokenizers import load_tokenizer
+from nextn.config import MTPConfig
 from nextn.errors import CheckpointError, ConfigError, DeviceError
 from nextn.interop.adapter import TransformersTrunk
 from nextn.interop.families import COPIES, FAMILIES, Family, count_keys, family_of, text_config
@@ -26,7 +26,7 @@ from nextn.model.device import resolve_device
 from nextn.mtp.config_file import CONFIG_FILE
 from nextn.mtp.layout import implausible
 from nextn.mtp.model import MTPModel
-from nextn.mtp.storage import DTYPES, find_checkpoint, load_model
+from nextn.mtp.storage import DTYPES, attach_tokenizer, find_checkpoint, load_model
 
 NATIVE = "deepseek_v3"
 
@@ -68,19 +68,13 @@ def load_with_transformers(folder: Path, device: str = "cpu", dtype: str = "floa
     try:
         hf_model = _transformers_model(folder, table, files, family, DTYPES[dtype])
         trunk = TransformersTrunk(hf_model, family.block_settings if family and num_modules else None)
-        mtp_config = family.mtp_config(num_modules) if family else Family.mtp_config(FAMILIES[0], 0)
+        mtp_config = family.mtp_config(num_modules) if family else MTPConfig(num_depths=0)
         model = MTPModel(None, mtp_config, trunk)
         if family and num_modules:
             _load_modules(model, trunk, family, files, folder, DTYPES[dtype])
     except ConfigError as error:
         raise CheckpointError(f"{folder}: {error}") from None
-    if (folder / "tokenizer.json").exists():
-        model.tokenizer = load_tokenizer(folder)
-        if model.tokenizer.vocab_size > trunk.vocab_size:
-            raise CheckpointError(
-                f"{folder}: tokenizer.json has {model.tokenizer.vocab_size} tokens and the model knows "
-                f"{trunk.vocab_size}; put the tokenizer beside it that it was trained with"
-            )
+    attach_tokenizer(model, folder)
     return model.to(target).eval()
 
 

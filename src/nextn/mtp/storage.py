@@ -78,15 +78,21 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
             )
     model.load_state_dict(state, strict=False)
     model.to(target)
-    if (folder / "tokenizer.json").exists():
-        tokenizer = load_tokenizer(folder)
-        if tokenizer.vocab_size > config.vocab_size:
-            raise CheckpointError(
-                f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens and the model knows {config.vocab_size}; "
-                "put the tokenizer beside it that it was trained with"
-            )
-        model.tokenizer = tokenizer
+    attach_tokenizer(model, folder)
     return model.eval()
+
+
+def attach_tokenizer(model: MTPModel, folder: Path) -> None:
+    """Give the model the tokenizer beside its weights, if there is one. Raises CheckpointError for one too large."""
+    if not (folder / "tokenizer.json").exists():
+        return
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > model.trunk.vocab_size:
+        raise CheckpointError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} tokens and the model knows {model.trunk.vocab_size}; "
+            "put the tokenizer beside it that it was trained with"
+        )
+    model.tokenizer = tokenizer
 
 
 def find_checkpoint(path: str | Path) -> Path:
