@@ -204,7 +204,7 @@ def _print_table(console: Console, title: str, timed: TimedDecodings, arms: list
         table.add_row(
             str(arm.draft_length),
             f"{arm.mean_acceptance_length:.2f}",
-            " ".join("-" if share is None else f"{share:.2f}" for share in arm.acceptance_unconditional),
+            "/".join("-" if share is None else f"{share:.2f}" for share in arm.acceptance_unconditional),
             *_rates(arm.speculative_tok_per_s),
             f"{arm.speedup.median:.2f}x",
             f"{arm.speedup.lowest:.2f}-{arm.speedup.highest:.2f}",

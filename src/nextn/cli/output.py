@@ -125,7 +125,7 @@ def figures_table(title: str, headings: Sequence[str]) -> Table:
         collapse_padding=True,
     )
     for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     return table
 
 
