@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import nextn
+from nextn.config import MTPConfig
 from nextn.interop.export import export_model
 from nextn.interop.serving import VllmServer, vllm_server
-from tests.engines.conftest import TEXT, TrainedModel, engine_python
+from nextn.mtp import save_model
+from tests.engines.conftest import TEXT, TrainedModel, engine_python, random_model
 
 pytestmark = pytest.mark.engines
 
@@ -73,6 +76,30 @@ def test_greedy_tokens_with_mtp_are_ours_and_acceptance_is_what_we_predict(
         assert abs(row.num_accepted_tokens - num_accepted) <= draft_length
     rate = sum(row.num_accepted_tokens for row in found) / sum(row.num_draft_tokens for row in found)
     assert 0.3 < rate < 0.95, "half learnt: drafts are often right and often wrong"
+
+
+SHAPES: dict[str, tuple[MTPConfig, dict[str, Any]]] = {
+    "tied head, rotary halves": (MTPConfig(), {"tie_word_embeddings": True, "rope_interleave": False}),
+    "no experts, no MTP": (MTPConfig(num_depths=0), {"n_routed_experts": 0}),
+    "groups, gates, full queries": (
+        MTPConfig(),
+        {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "norm_topk_prob": False, "q_lora_rank": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_log_probabilities_of_random_models_are_ours(shape: str, tmp_path: Path):
+    mtp_config, changes = SHAPES[shape]
+    model = random_model(1, mtp_config, **changes)
+    (tmp_path / "ours").mkdir()
+    save_model(model, tmp_path / "ours")
+    text = [*TEXT[900:932].encode()]
+    with served(export_model(tmp_path / "ours", "vllm", tmp_path / "theirs").path, 0) as server:
+        theirs = torch.tensor(server.log_probs(text))
+    with torch.no_grad():
+        log_probs = model(torch.tensor([text])).logits[0, :-1].log_softmax(-1)
+    assert (theirs - log_probs.gather(1, torch.tensor(text)[1:, None])[:, 0]).abs().max() < 2e-3
 
 
 def test_its_stock_rotation_is_wrong_on_a_cpu_in_eager_mode(trained: TrainedModel, exported: Path):

@@ -35,6 +35,8 @@ LAYOUTS = {
         replace(TINY, rope_interleave=False, q_lora_rank=None, attention_bias=True, tie_word_embeddings=True),
         {"concat": "hidden_first"},
     ),
+    "tied head": (replace(TINY, tie_word_embeddings=True), {}),
+    "no experts": (replace(TINY, n_routed_experts=0), {}),
     "one module, carry never trained": (TINY, {"num_depths": 1, "carry": "pre_norm"}),
 }
 
@@ -61,6 +63,8 @@ def test_the_rewritten_model_has_the_released_layout_and_the_same_logits(layout:
     model = build(layout)
     rewritten = canonical(model)
     assert rewritten.config.rope_interleave
+    assert not rewritten.config.tie_word_embeddings
+    assert rewritten.config.has_experts or rewritten.config.first_k_dense_replace == 2
     assert (rewritten.mtp_config.concat, rewritten.mtp_config.head_norm) == ("embed_first", "own")
     assert (rewritten.config, rewritten.mtp_config) == canonical_config(model.config, model.mtp_config)
     assert largest_difference(model, rewritten) < 1e-5

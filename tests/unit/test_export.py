@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from nextn.checkpoint import read_json
 from nextn.cli.main import app
 from nextn.config import ModelConfig, MTPConfig
 from nextn.data.tokenizers import ByteTokenizer
-from nextn.errors import ExportError
+from nextn.errors import CheckpointError, ExportError
 from nextn.interop.engines import ENGINES, launch_line, reasons_against
 from nextn.interop.export import FORMATS, export_model
 from nextn.mtp import MTPModel, save_model
@@ -96,6 +97,21 @@ def test_dimensions_that_kernels_reject_are_named():
     assert any("q_lora_rank" in reason for reason in reasons_against("llamacpp", full, SHARED))
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "llamacpp"])
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"attention_bias": True}, "no biases in attention"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps = 1e-05"),
+        ({"n_shared_experts": 0}, "wants a shared expert"),
+    ],
+)
+def test_what_engines_read_and_compute_otherwise_is_refused(engine: str, changes: dict, reason: str):
+    config = replace(SERVABLE, **changes)
+    assert any(reason in found for found in reasons_against(engine, config, SHARED))
+    assert reasons_against("transformers", config, SHARED) == []
+
+
 @pytest.mark.parametrize("to", ["hf", "vllm", "sglang"])
 def test_an_exported_folder_is_the_same_model_in_the_released_layout(tmp_path: Path, to: str):
     folder = saved(tmp_path / "ours", replace(SERVABLE, rope_interleave=False), replace(SHARED, concat="hidden_first"))
@@ -143,3 +159,22 @@ def test_a_model_without_mtp_gets_a_line_without_drafts(tmp_path: Path):
     folder = saved(tmp_path / "ours", SERVABLE, MTPConfig(num_depths=0))
     for to, words in {"hf": "use_mtp", "vllm": "speculative", "sglang": "speculative"}.items():
         assert words not in export_model(folder, to, tmp_path / to).launch_line
+
+
+def test_the_default_place_and_paths_with_odd_characters(tmp_path: Path, monkeypatch):
+    folder = saved(tmp_path / "it's (mine); 1")
+    monkeypatch.chdir(folder)
+    done = CliRunner().invoke(app, ["export", ".", "--to", "vllm"])
+    assert done.exit_code == 0, done.output
+    place = tmp_path / "it's (mine); 1-vllm"
+    assert place.is_dir()
+    assert str(place) in shlex.split(done.stdout)
+
+
+def test_float16_refuses_weights_it_has_no_number_for(tmp_path: Path):
+    model = MTPModel(SERVABLE, SHARED).initialize(seed=1)
+    model.trunk.lm_head.weight.data[0, 0] = 1e5
+    (tmp_path / "ours").mkdir()
+    save_model(model, tmp_path / "ours")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight exceeds 65504"):
+        export_model(tmp_path / "ours", "hf", tmp_path / "theirs", dtype="float16")

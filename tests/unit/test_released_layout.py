@@ -238,8 +238,25 @@ def test_fp8_weights_without_their_factors_and_the_reverse_are_errors(tmp_path: 
     change_tensors(tmp_path / "a", lambda tensors: tensors.update({f"{name}_scale_inv": kept[:1]}))
     with pytest.raises(CheckpointError, match=r"blocks of 8 x 8 need \(3, 6\)"):
         load_model(tmp_path / "a")
-    change_config(tmp_path / "a", lambda table: table["quantization_config"].update(quant_method="awq"))
-    with pytest.raises(CheckpointError, match="quant_method is 'awq'"):
+    for wrong, message in (
+        ({"quant_method": "awq"}, "quant_method is 'awq'"),
+        ("fp8-ish", "quant_method is 'fp8-ish'"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\]"),
+    ):
+        change_config(tmp_path / "a", lambda table, wrong=wrong: table.update(quantization_config=wrong))
+        with pytest.raises(CheckpointError, match=message):
+            load_model(tmp_path / "a")
+
+
+def test_fp8_vectors_are_refused(tmp_path: Path):
+    released(tmp_path / "a")
+    name = MTP_LAYER + "enorm.weight"
+
+    def change(tensors) -> None:
+        tensors[name], tensors[f"{name}_scale_inv"] = tensors[name].to(torch.float8_e4m3fn), torch.ones(1)
+
+    change_tensors(tmp_path / "a", change)
+    with pytest.raises(CheckpointError, match=r"enorm.weight is FP8 and has shape \(24,\)"):
         load_model(tmp_path / "a")
 
 
@@ -285,6 +302,20 @@ def test_missing_and_uninitialised_mtp_tensors_are_named(tmp_path: Path, change,
     change_tensors(tmp_path / "a", change)
     with pytest.raises(CheckpointError, match=message):
         load_model(tmp_path / "a")
+
+
+def test_one_expert_of_another_shape_is_named(tmp_path: Path):
+    released(tmp_path / "a")
+    name = MTP_LAYER + "mlp.experts.2.down_proj.weight"
+    change_tensors(tmp_path / "a", lambda tensors: tensors.update({name: torch.ones(24, 15)}))
+    with pytest.raises(CheckpointError, match=r"experts.2.down_proj.weight has shape \(24, 15\).*means \(24, 16\)"):
+        load_model(tmp_path / "a")
+
+
+def test_a_router_of_zeros_is_a_router(tmp_path: Path):
+    released(tmp_path / "a")
+    change_tensors(tmp_path / "a", lambda tensors: tensors[MTP_LAYER + "mlp.gate.weight"].zero_())
+    load_model(tmp_path / "a")
 
 
 def test_modules_that_config_does_not_declare_are_an_error_that_names_them(tmp_path: Path):

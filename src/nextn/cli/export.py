@@ -40,7 +40,8 @@ def export(
         nextn export runs/demo --to gguf --dtype q8_0 --out demo.gguf --draft-length 3
     """
     suffix = ".gguf" if to == "gguf" else f"-{to}"
-    target = out or path.with_name(path.resolve().name + suffix)
+    place = path if path.name else path.resolve()  # "." has no name
+    target = out or place.with_name(place.name + suffix)
     with status(messages()) as say:
         say(f"writing {target}")
         exported = export_model(

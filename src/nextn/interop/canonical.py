@@ -5,6 +5,8 @@ Some conventions are mere layout, so that weights can be rewritten and nothing i
     concat = hidden_first       the two halves of eh_proj's columns change places
     head_norm = shared          each module gets a copy of the trunk's final norm
     rope_interleave = false     rotary rows (a0 a1 .. b0 b1 ..) become pairs (a0 b0 a1 b1 ..)
+    tie_word_embeddings         the head is written out, since vLLM reads one of its own in any case
+    no experts                  first_k_dense_replace says that every layer is dense, where engines look
 
 Others (`trunk_hidden`, `carry`, `dense_blocks`, the scheme) are behaviour: they stay, and an engine that computes
 something else refuses (`nextn.interop.engines`).
@@ -26,7 +28,10 @@ def canonical_config(config: ModelConfig, mtp_config: MTPConfig) -> tuple[ModelC
 
     A single module never hands its state on in training, so its `carry` is free: it becomes what engines recycle.
     """
-    config = dataclasses.replace(config, rope_interleave=True)
+    num_dense = config.first_k_dense_replace if config.has_experts else config.num_hidden_layers
+    config = dataclasses.replace(
+        config, rope_interleave=True, tie_word_embeddings=False, first_k_dense_replace=num_dense
+    )
     if mtp_config.scheme != "sequential":
         return config, mtp_config
     changes = {"concat": "embed_first", "head_norm": "own"}

@@ -6,6 +6,7 @@ A model is judged in its canonical form (`nextn.interop.canonical`), which is ho
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,13 +81,13 @@ def _launch_vllm(path: Path, config: ModelConfig, mtp_config: MTPConfig, draft_l
         environment.append("VLLM_MLA_DISABLE=1")
     words = [
         *environment,
-        *("python", "-m", "vllm.entrypoints.openai.api_server", "--model", _quoted(str(path)), "--dtype", "float32"),
+        *("python", "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--dtype", "float32"),
         *("--max-model-len", str(config.max_position_embeddings), "--enforce-eager"),
-        *("--compilation-config", _quoted(json.dumps(VLLM_COMPILATION))),
+        *("--compilation-config", json.dumps(VLLM_COMPILATION)),
     ]
     if draft_length:
-        words += ["--speculative-config", _quoted(json.dumps(vllm_speculation(draft_length)))]
-    return " ".join(words)
+        words += ["--speculative-config", json.dumps(vllm_speculation(draft_length))]
+    return shlex.join(words)
 
 
 VLLM_COMPILATION = {"custom_ops": ["-rotary_embedding"]}
@@ -99,22 +100,18 @@ def vllm_speculation(draft_length: int) -> dict[str, str | int]:
 
 
 def _launch_sglang(path: Path, config: ModelConfig, mtp_config: MTPConfig, draft_length: int) -> str:
-    words = ["python", "-m", "sglang.launch_server", "--model-path", _quoted(str(path))]
+    words = ["python", "-m", "sglang.launch_server", "--model-path", str(path)]
     if draft_length:
         words += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(draft_length)]
         words += ["--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(draft_length + 1)]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def _launch_llamacpp(path: Path, config: ModelConfig, mtp_config: MTPConfig, draft_length: int) -> str:
-    words = ["llama-server", "-m", _quoted(str(path)), "-c", str(config.max_position_embeddings)]
+    words = ["llama-server", "-m", str(path), "-c", str(config.max_position_embeddings)]
     if draft_length:
         words += ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(draft_length)]
-    return " ".join(words)
-
-
-def _quoted(word: str) -> str:
-    return f"'{word}'" if any(character in word for character in ' {}[]"$*') else word
+    return shlex.join(words)
 
 
 ENGINES: dict[str, Engine] = {

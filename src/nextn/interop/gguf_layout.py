@@ -116,14 +116,12 @@ LAYER = {
 def named_tensors(state: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """A model's state dict under llama.cpp's names and in its forms; the MTP module becomes layer L.
 
-    The model is in its canonical form (`nextn.interop.canonical`): rotary pairs, embedding first. Experts stay stacked,
-    [E, out, in]. Shapes are torch's, which GGUF stores in reverse. Where the head is the
-    embedding, only the embedding is written.
+    The model is in its canonical form (`nextn.interop.canonical`): rotary pairs, embedding first, a head of its own.
+    Experts stay stacked, [E, out, in]. Shapes are torch's, which GGUF stores in reverse.
     """
     for name, tensor in state.items():
         if name in TOP:
-            if not (config.tie_word_embeddings and name == "trunk.lm_head.weight"):
-                yield TOP[name], tensor
+            yield TOP[name], tensor
             continue
         match = re.fullmatch(r"(trunk\.model|scheme)\.layers\.(\d+)\.(?:block\.)?(.+)", name)
         assert match is not None, f"the state dict holds {name}, which llama.cpp has no place for"

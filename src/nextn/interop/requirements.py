@@ -45,12 +45,13 @@ def reasons_against_vllm(config: ModelConfig, mtp_config: MTPConfig) -> list[str
                 f"it pads values to the query-key width {config.qk_head_dim}, and model.v_head_dim is "
                 f"{config.v_head_dim}"
             )
-    return reasons + _reasons_against_no_shared_expert(config)
+    return reasons + _reasons_against_trunk(config)
 
 
 def reasons_against_sglang(config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
     """Against algorithm EAGLE with the model's own module; what its kernels take of dimensions was not tried."""
-    return _reasons_against_mtp(config, mtp_config) + _reasons_against_more_modules(mtp_config)
+    reasons = _reasons_against_mtp(config, mtp_config) + _reasons_against_more_modules(mtp_config)
+    return reasons + _reasons_against_trunk(config)
 
 
 def reasons_against_llamacpp(config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
@@ -64,13 +65,6 @@ def reasons_against_llamacpp(config: ModelConfig, mtp_config: MTPConfig) -> list
         reasons.append("it wants low-rank queries, and model.q_lora_rank is none")
     if layers >= LLAMACPP_MAX_LAYERS:
         reasons.append(f"it takes less than {LLAMACPP_MAX_LAYERS} layers")
-    if config.attention_bias:
-        reasons.append("it has no biases in attention, and model.attention_bias is true")
-    if config.rms_norm_eps != LATENT_NORM_EPS:
-        reasons.append(
-            f"it uses model.rms_norm_eps = {config.rms_norm_eps:g} for the norms inside attention too, "
-            f"where DeepSeek's have {LATENT_NORM_EPS:g}"
-        )
     if config.has_experts:
         if config.n_routed_experts > LLAMACPP_MAX_EXPERTS:
             reasons.append(
@@ -78,7 +72,7 @@ def reasons_against_llamacpp(config: ModelConfig, mtp_config: MTPConfig) -> list
             )
         if config.routed_scaling_factor == 0:
             reasons.append("it reads model.routed_scaling_factor = 0 as 1")
-    return reasons + _reasons_against_no_shared_expert(config) + _reasons_against_yarn(config)
+    return reasons + _reasons_against_trunk(config) + _reasons_against_yarn(config)
 
 
 def _reasons_against_mtp(config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
@@ -105,10 +99,19 @@ def _reasons_against_more_modules(mtp_config: MTPConfig) -> list[str]:
     ]
 
 
-def _reasons_against_no_shared_expert(config: ModelConfig) -> list[str]:
+def _reasons_against_trunk(config: ModelConfig) -> list[str]:
+    """What vLLM and llama.cpp compute alike where transformers has a choice (SGLang's model is vLLM's, further on)."""
+    reasons = []
+    if config.attention_bias:
+        reasons.append("it has no biases in attention, and model.attention_bias is true")
+    if config.rms_norm_eps != LATENT_NORM_EPS:
+        reasons.append(
+            f"it uses model.rms_norm_eps = {config.rms_norm_eps:g} for the norms inside attention too, "
+            f"where DeepSeek's have {LATENT_NORM_EPS:g}"
+        )
     if config.has_experts and config.n_shared_experts == 0:
-        return ["it wants a shared expert, and model.n_shared_experts is 0"]
-    return []
+        reasons.append("it wants a shared expert, and model.n_shared_experts is 0")
+    return reasons
 
 
 def _reasons_against_yarn(config: ModelConfig) -> list[str]:

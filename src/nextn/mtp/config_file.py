@@ -88,13 +88,16 @@ def fp8_block(folder: Path) -> tuple[int, int]:
     quantization = read_json(folder / CONFIG_FILE).get("quantization_config")
     if quantization is None:
         return FP8_BLOCK
-    method = quantization.get("quant_method")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method != "fp8":
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: quant_method is {method!r}; nextn reads float and block-quantised FP8 weights"
         )
-    rows, columns = quantization.get("weight_block_size") or FP8_BLOCK
-    return int(rows), int(columns)
+    match quantization.get("weight_block_size") or FP8_BLOCK:
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+        case other:
+            raise CheckpointError(f"{folder / CONFIG_FILE}: weight_block_size is {other!r}, wanted [rows, columns]")
 
 
 def _model_config(table: Mapping[str, Any]) -> ModelConfig:

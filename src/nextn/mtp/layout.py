@@ -136,6 +136,8 @@ def read_released(
 def implausible(name: str, tensor: Tensor) -> str | None:
     """Why a tensor cannot be a trained weight: not finite, far too large, or a norm or matrix of zeros; else None.
 
+    A router of zeros is right where its experts are always on.
+
     >>> implausible("eh_proj.weight", torch.full((2, 2), 1e18))
     'reaches 1e+18'
     """
@@ -144,7 +146,7 @@ def implausible(name: str, tensor: Tensor) -> str | None:
         return "holds values that are not finite"
     if largest > LARGEST_PLAUSIBLE:
         return f"reaches {largest:.0e}"
-    if largest == 0.0 and name.endswith("weight") and tensor.numel():
+    if largest == 0.0 and tensor.numel() and name.endswith("weight") and not name.endswith("gate.weight"):
         return "is all zeros"
     return None
 
@@ -175,6 +177,8 @@ def _dequantised(files: TensorFiles, where: str, block: tuple[int, int]) -> Iter
             raise CheckpointError(f"{where}: {name} is FP8, and its factors {name + _SCALE} are missing")
         else:
             scale = files.read(name + _SCALE)
+            if len(files.shape(name)) != len(block):
+                raise CheckpointError(f"{where}: {name} is FP8 and has shape {files.shape(name)}; FP8 is for matrices")
             wanted = tuple(-(-size // length) for size, length in zip(files.shape(name), block, strict=True))
             if tuple(scale.shape) != wanted:
                 raise CheckpointError(

@@ -71,11 +71,8 @@ def load_model(path: str | Path, device: str = "cpu", dtype: str = "float32") ->
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not _is_alias(name, config)}
     _check_names(files, to_released_names(wanted, config, mtp_config), config, folder)
     state = from_released_names(read_released(files, config, str(folder), fp8_block(folder)), config)
-    for name, tensor in state.items():
-        if tensor.shape != wanted[name].shape:
-            raise CheckpointError(
-                f"{folder}: {name} has shape {tuple(tensor.shape)}, config.json means {tuple(wanted[name].shape)}"
-            )
+    if dtype == "float16":
+        _check_range(state, folder)
     model.load_state_dict(state, strict=False)
     model.to(target)
     attach_tokenizer(model, folder)
@@ -116,11 +113,24 @@ def _is_alias(name: str, config: ModelConfig) -> bool:
     return config.tie_word_embeddings and name == "trunk.lm_head.weight"
 
 
+def _check_range(state: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise CheckpointError for a weight that float16 has no number for."""
+    largest = torch.finfo(torch.float16).max
+    for name, tensor in state.items():
+        if tensor.abs().max() > largest:
+            raise CheckpointError(f"{folder}: {name} exceeds {largest:g}, float16's largest number; use bfloat16")
+
+
 def _check_names(files: TensorFiles, wanted: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> None:
-    """Raise CheckpointError unless exactly the wanted tensors are stored, by released names."""
+    """Raise CheckpointError unless exactly the wanted tensors are stored, in their shapes, by released names."""
     stored = {name for name in files.names if not name.endswith("_scale_inv") and copy_of(name, config) is None}
     missing, unexpected = sorted(wanted.keys() - stored), sorted(stored - wanted.keys())
     if not missing and not unexpected:
+        for name, tensor in wanted.items():
+            if files.shape(name) != tuple(tensor.shape):
+                raise CheckpointError(
+                    f"{folder}: {name} has shape {files.shape(name)}, config.json means {tuple(tensor.shape)}"
+                )
         return
     lists = [
         f"{len(names)} {kind} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
