@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "long.jsonl").write_text(json.dumps({"prompt": "x" * 60}))
     (folder / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
     bare = folder / "bare"
-    bare.mkdir()
-    for file in sorted((folder / "run" / "checkpoints").iterdir())[-1].iterdir():
-        if file.name != "recipe.json":
-            (bare / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(sorted((folder / "run" / "checkpoints").iterdir())[-1], bare)
+    (bare / "recipe.json").unlink()
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,9 +125,7 @@ def make_bad_inputs(folder: Path) -> None:
     (folder / "pickled" / "config.json").write_text("{}")
     checkpoint = sorted((folder / "run" / "checkpoints").iterdir())[-1]
     for name in ("truncated", "foreign"):
-        (folder / name).mkdir(exist_ok=True)
-        for file in checkpoint.iterdir():
-            (folder / name / file.name).write_bytes(file.read_bytes())
+        shutil.copytree(checkpoint, folder / name, dirs_exist_ok=True)
     (folder / "truncated" / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:999])
     (folder / "foreign" / "config.json").write_text('{"model_type": "llama"}')
 

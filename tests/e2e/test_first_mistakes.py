@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_names_the_way_out_and_it_works(folder: Path, tmp_p
     shutil.copytree(folder / "run", tmp_path / "run")
     command = ["train", folder / "recipe.toml", "--out", tmp_path / "run", "--resume"]
     newest = list_checkpoints(tmp_path / "run")[-1]
-    (newest / "training_state.safetensors").write_bytes(b"damaged")
+    (newest / "training_state/tensors.safetensors").write_bytes(b"damaged")
     done = nextn(*command, cwd=folder)
     assert done.code == 2
     assert "To go on from the checkpoint before it (from the start, if it is the first)" in done.err

@@ -85,7 +85,7 @@ def test_a_run_killed_at_random_moments_equals_an_uninterrupted_one_bit_for_bit(
 def test_every_checkpoint_seen_after_a_kill_is_complete(killed):
     for checkpoint in list_checkpoints(killed):
         load_model(checkpoint)
-        assert (checkpoint / "training_state.json").exists()
+        assert (checkpoint / "training_state/state.json").exists()
 
 
 @pytest.mark.parametrize("forgotten", ["place in the data", "random generators", "optimizer moments"])

@@ -185,14 +185,14 @@ def test_resuming_a_finished_run_does_nothing(tmp_path):
 @pytest.mark.parametrize("damage", ["truncated", "missing", "foreign"])
 def test_resuming_from_a_damaged_checkpoint_says_which_file(tmp_path, damage):
     newest = tiny_run.trainer(tmp_path).train().checkpoint
-    file = newest / "training_state.safetensors"
+    file = newest / "training_state/tensors.safetensors"
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:100])
     elif damage == "missing":
         file.unlink()
     else:
         file.write_text("not tensors")
-    with pytest.raises(CheckpointError, match=r"training_state\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"tensors\.safetensors"):
         tiny_run.trainer(tmp_path).train(resume=True)
 
 
@@ -305,13 +305,13 @@ def test_a_damaged_run_is_refused_and_named(tmp_path, damage):
     run.train()
     checkpoint = list_checkpoints(tmp_path)[-1]
     if damage == "no clock":
-        table = read_json(checkpoint / "training_state.json")
+        table = read_json(checkpoint / "training_state/state.json")
         del table["clock"]
-        write_json(checkpoint / "training_state.json", table)
+        write_json(checkpoint / "training_state/state.json", table)
     elif damage == "no moments":
-        state = read_tensors(checkpoint / "training_state.safetensors")
+        state = read_tensors(checkpoint / "training_state/tensors.safetensors")
         kept = {name: tensor for name, tensor in state.items() if not name.startswith("optimizer/")}
-        write_tensors(checkpoint / "training_state.safetensors", kept)
+        write_tensors(checkpoint / "training_state/tensors.safetensors", kept)
     elif damage == "recipe is a list":
         write_json(tmp_path / "recipe.json", [])
     elif damage == "broken metrics":

@@ -176,6 +176,31 @@ def test_the_error_names_what_is_wrong(mistake, changed):
         nextn.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        ("quantization_config", "fp8", r"config\.json: quantization_config is 'fp8'"),
+        ("num_nextn_predict_layers", "one", r"num_nextn_predict_layers is 'one'"),
+        ("num_nextn_predict_layers", 1.5, r"num_nextn_predict_layers is 1\.5"),
+        ("num_nextn_predict_layers", True, r"num_nextn_predict_layers is True"),
+        ("num_nextn_predict_layers", -1, r"num_nextn_predict_layers is -1"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_named_with_its_value(key, value, found, changed):
+    folder = changed("mimo")
+    table = json.loads((folder / "config.json").read_text()) | {key: value}
+    (folder / "config.json").write_text(json.dumps(table))
+    with pytest.raises(CheckpointError, match=found):
+        load_with_transformers(folder)
+
+
+def test_no_declared_modules_may_be_written_as_null(changed):
+    folder = changed("mimo", {}, without("mtp_layers"))
+    table = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": None}
+    (folder / "config.json").write_text(json.dumps(table))
+    assert load_with_transformers(folder).num_depths == 0
+
+
 def test_the_trunk_loads_alone_when_its_modules_are_taken_out_and_not_declared(changed):
     folder = changed("mimo", {"num_nextn_predict_layers": 0}, without("mtp_layers"))
     assert nextn.load(folder).num_depths == 0

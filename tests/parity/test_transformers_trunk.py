@@ -8,14 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    NanoChatConfig,
+    Phi3Config,
+)
 
 import nextn
 from nextn.config import MTPConfig
 from nextn.decoding import plain_reference
 from nextn.errors import ConfigError
+from nextn.interop import adapter
 from nextn.interop.adapter import TransformersTrunk
-from nextn.interop.layers import TransformersBlock
+from nextn.interop.layers import CAPS, SCALES, TransformersBlock
 from nextn.mtp import MTPModel
 
 from .conftest import randomise, relative_error
@@ -133,7 +143,7 @@ def test_a_wrong_window_is_caught(name):
 @pytest.mark.parametrize(
     ("config", "found"),
     [
-        (Gemma2Config(**SHAPE, head_dim=12), "computes more than its layers"),
+        (NanoChatConfig(**SHAPE, final_logit_softcapping=None), "computes more than its layers"),
         (LlamaConfig(**SHAPE), "kind chunked_attention"),
     ],
 )
@@ -143,6 +153,72 @@ def test_a_model_that_the_adapter_does_not_compute_is_refused(config, found):
         model.config.layer_types = ["chunked_attention"] * 3
     randomise(model)
     with pytest.raises(ConfigError, match=found):
+        TransformersTrunk(model)
+
+
+@pytest.mark.parametrize("key", CAPS + SCALES)
+def test_a_setting_that_caps_or_scales_is_refused_by_name_unless_it_changes_nothing(key):
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
+    for neutral in (None,) if key in CAPS else (None, 1.0, False):
+        setattr(model.config, key, neutral)
+        TransformersTrunk(model)
+    setattr(model.config, key, 1.5)
+    with pytest.raises(ConfigError, match=f"sets {key} = 1.5"):
+        TransformersTrunk(model)
+
+
+@torch.no_grad()
+def test_a_cap_is_refused_where_small_logits_hide_it_from_the_comparison(monkeypatch):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Gemma2Config(**SHAPE, head_dim=12, tie_word_embeddings=False)).eval()
+    model.lm_head.weight.mul_(1.5 / model(input_ids=torch.arange(8)[None]).logits.abs().max())
+    with pytest.raises(ConfigError, match=r"sets final_logit_softcapping = 30\.0"):
+        TransformersTrunk(model)
+    monkeypatch.setattr(adapter, "check_settings", lambda *_: None)
+    trunk = TransformersTrunk(model)  # the comparison alone lets it pass
+    model.lm_head.weight.mul_(100)
+    assert relative_error(trunk(IDS), model(input_ids=IDS).logits) > 0.1
+
+
+def phi(longest: int, kind: str = "longrope") -> nn.Module:
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 6, "long_factor": [4.0] + [8.0] * 5}
+    sizes = SHAPE | {"max_position_embeddings": longest}
+    torch.manual_seed(0)
+    config = Phi3Config(**sizes, original_max_position_embeddings=32, rope_parameters=rope)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    randomise(model)
+    return model
+
+
+def differing_prompts(trunk: TransformersTrunk, max_new_tokens: int) -> int:
+    """Of six prompts of 20 tokens, those whose drafted text is not the reference's."""
+    model = MTPModel(None, MTPConfig(num_depths=1), trunk).initialize(1).eval()
+    prompts = torch.randint(61, (6, 20), generator=torch.Generator().manual_seed(1)).tolist()
+    result = nextn.generate(model, prompts, max_new_tokens=max_new_tokens, draft_length=3)
+    texts = zip(prompts, result.token_ids, strict=True)
+    return sum(list(ids) != plain_reference(model, prompt, max_new_tokens) for prompt, ids in texts)
+
+
+def test_longrope_is_refused_beyond_its_original_length_where_decoding_would_not_be_lossless(monkeypatch):
+    assert differing_prompts(TransformersTrunk(phi(32)), max_new_tokens=12) == 0
+    with pytest.raises(ConfigError, match=r"'longrope'.*not be lossless.* max_position_embeddings = 32"):
+        TransformersTrunk(phi(96))
+    monkeypatch.setattr(adapter, "check_settings", lambda *_: None)
+    assert differing_prompts(TransformersTrunk(phi(96, "default")), max_new_tokens=60) == 0
+    assert differing_prompts(TransformersTrunk(phi(96)), max_new_tokens=60) > 0
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["for_all_layers", "per_kind_of_layer"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_changing_rotary_factors_are_refused_wherever_the_config_names_them(kind, nested):
+    config: Any = Gemma3TextConfig if nested else LlamaConfig
+    model = AutoModelForCausalLM.from_config(config(**SHAPE, head_dim=12))
+    TransformersTrunk(model)
+    rope = model.config.rope_parameters
+    (rope["full_attention"] if nested else rope).update(rope_type=kind, original_max_position_embeddings=32)
+    with pytest.raises(ConfigError, match=f"rope_type '{kind}'"):
         TransformersTrunk(model)
 
 

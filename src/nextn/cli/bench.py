@@ -88,6 +88,8 @@ def bench(
 
         nextn bench runs/demo --prompts prompts.jsonl --as vllm
     """
+    if prompts is not None and num_prompts is not None:
+        raise GenerationError("--num-prompts is about held-out prompts; with --prompts all of the file's are decoded")
     folder = find_checkpoint(path)
     given = None if prompts is None else _read_prompts(prompts, max_new_tokens or USUAL_NEW_TOKENS)
     model = nextn.load(folder, device=device, dtype=dtype)

@@ -12,6 +12,7 @@ from rich.console import Console
 import nextn
 from nextn.checkpoint import read_json, write_json
 from nextn.cli.output import messages, print_evaluation, print_task_scores, status
+from nextn.config import Recipe
 from nextn.data import validation_rows
 from nextn.data.sources import is_path
 from nextn.errors import ConfigError, DataError
@@ -83,7 +84,7 @@ def evaluate(
     model = nextn.load(folder, device=device, dtype=dtype)
     if model.tokenizer is None:
         raise DataError(f"{folder} has no tokenizer, so text cannot be read with it")
-    recipe = read_recipe(folder / "recipe.json")
+    recipe = _recipe(folder, corpus)
     changes = {"draft_length": draft_length, "num_rows": num_rows, "num_prompts": num_prompts}
     settings = replace(recipe.evaluation, **{key: value for key, value in changes.items() if value is not None})
     if corpus is None and is_path(recipe.data.corpus) and not Path(recipe.data.corpus).expanduser().exists():
@@ -94,7 +95,7 @@ def evaluate(
     check_scheme(model.mtp_config, draft_length=settings.draft_length if settings.num_prompts else 0)
     trained = None
     if corpus not in (None, recipe.data.corpus):
-        trained = read_json(folder / "provenance.json").get("corpus", {})
+        trained = read_json(folder / "provenance.json").get("corpus", {}) if (folder / "recipe.json").exists() else {}
     data_config = recipe.data if corpus is None else replace(recipe.data, corpus=corpus)
     console = messages()
     with status(console) as say:
@@ -118,6 +119,18 @@ def evaluate(
     if json is not None:
         provenance = collect(seed=0, device=device, corpus=data.provenance())
         write_json(json, {"evaluation": table, "settings": to_table(settings), "provenance": provenance})
+
+
+def _recipe(folder: Path, corpus: str | None) -> Recipe:
+    """What the checkpoint was trained with; for one that does not say, default settings for a corpus that is named."""
+    if (folder / "recipe.json").exists():
+        return read_recipe(folder / "recipe.json")
+    if corpus is None:
+        raise DataError(
+            f"{folder} does not say what it was trained on (it has no recipe.json), so there is no held-out text; "
+            "name a text with --corpus, or tasks with --tasks"
+        )
+    return Recipe()
 
 
 def _evaluate_tasks(

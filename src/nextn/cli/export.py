@@ -25,7 +25,7 @@ def export(
         str | None,
         typer.Option(help="Folders: float32 (default), bfloat16, float16. GGUF: f32 (default), bf16, q8_0."),
     ] = None,
-    draft_length: Annotated[int, typer.Option(min=0, help="N in the printed line: tokens to draft per cycle.")] = 2,
+    draft_length: Annotated[int, typer.Option(min=0, help="N in the printed line; hf: one draft per module.")] = 2,
     max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Folders: largest file, in 10^9 bytes.")] = 5.0,
 ) -> None:
     """Write a checkpoint for a serving engine, its MTP modules included, and print the line that serves it.
@@ -43,7 +43,7 @@ def export(
     place = path if path.name else path.resolve()  # "." has no name
     target = out or place.with_name(place.name + suffix)
     with status(messages()) as say:
-        say(f"writing {target}")
+        say(f"exporting {path}")
         exported = export_model(
             path,
             to,

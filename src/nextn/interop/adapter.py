@@ -3,8 +3,8 @@
 The layers stay what they are (`nextn.interop.layers`); the adapter hands them the rotary factors and masks that the
 model's own forward would.
 
-What the adapter does not know of (scaled embeddings, capped logits, other kinds of layers) cannot pass unseen: a new
-trunk is compared with the model's own forward on a few tokens, and refused where they differ.
+A family that computes more than its layers, final norm and head is refused: by its settings (caps, scales, rotary
+factors that change), and where a new trunk differs from the model's own forward on a few tokens by more than rounding.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from nextn.interop.layers import (
     TransformersBlock,
     TransformersContext,
     additive,
+    check_settings,
     has_experts,
     layer_kinds,
     run_layer,
@@ -49,8 +50,8 @@ class TransformersTrunk(nn.Module):
             `layer_types` says how many. None: one, like the trunk's last layer that attends.
 
     Raises:
-        ConfigError: the model has no such parts, a kind of layer nextn does not know, or computes something else with
-            them than the adapter does.
+        ConfigError: the model has no such parts, a kind of layer or a setting that nextn cannot run, or computes
+            something else with the parts than the adapter does.
     """
 
     def __init__(self, model: nn.Module, block_settings: Mapping[str, Any] | None = None):
@@ -59,6 +60,7 @@ class TransformersTrunk(nn.Module):
         self.name = type(model).__name__
         self._norm_name = _check_parts(model)
         self.config = self._decoder.config
+        check_settings(self.name, model.config, self.config)
         self._block_settings = dict(block_settings or {})
         self.hidden_size, self.vocab_size = self._head.in_features, self._head.out_features
         self.num_layers = len(self._decoder.layers)

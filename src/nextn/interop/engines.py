@@ -30,13 +30,13 @@ class Engine:
     Attributes:
         name: as in ENGINES.
         reasons_against: why it cannot serve a model with MTP, one sentence each, empty when it can.
-        launch_line: shell command (or Python) that serves what was exported, given its path, the model's settings and
-            N, the tokens to draft per cycle.
+        launch_line: shell command (or Python) that serves what was exported, given its path, the model's settings, N
+            (the tokens to draft per cycle) and the dtype of its weights.
     """
 
     name: str
     reasons_against: Callable[[ModelConfig, MTPConfig], list[str]]
-    launch_line: Callable[[Path, ModelConfig, MTPConfig, int], str]
+    launch_line: Callable[[Path, ModelConfig, MTPConfig, int, str], str]
 
 
 def reasons_against(engine: str, config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
@@ -44,9 +44,16 @@ def reasons_against(engine: str, config: ModelConfig, mtp_config: MTPConfig) -> 
     return ENGINES[engine].reasons_against(*canonical_config(config, mtp_config))
 
 
-def launch_line(engine: str, path: Path, config: ModelConfig, mtp_config: MTPConfig, draft_length: int = 2) -> str:
-    """The command that serves the exported model at `path` with N = `draft_length` drafts per cycle."""
-    return ENGINES[engine].launch_line(path, config, mtp_config, draft_length)
+def launch_line(
+    engine: str,
+    path: Path,
+    config: ModelConfig,
+    mtp_config: MTPConfig,
+    draft_length: int = 2,
+    dtype: str = "float32",
+) -> str:
+    """The command that serves the exported model at `path`, N = `draft_length`, computing in `dtype` where it asks."""
+    return ENGINES[engine].launch_line(path, config, mtp_config, draft_length, dtype)
 
 
 def layer_patterns(config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
@@ -61,12 +68,12 @@ def layer_patterns(config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ how to start it
 
 
-def _launch_transformers(path: Path, config: ModelConfig, mtp_config: MTPConfig, draft_length: int) -> str:
+def _launch_transformers(path: Path, config: ModelConfig, mtp_config: MTPConfig, draft_length: int, dtype: str) -> str:
     lines = [
         "import torch",
         "from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM",
         f"DeepseekV3ForCausalLM._keys_to_ignore_on_load_unexpected = {layer_patterns(config, mtp_config)!r}",
-        f"model = AutoModelForCausalLM.from_pretrained({str(path)!r}, dtype=torch.float32)",
+        f"model = AutoModelForCausalLM.from_pretrained({str(path)!r}, dtype=torch.{dtype})",
         f"tokenizer = AutoTokenizer.from_pretrained({str(path)!r})",
         'inputs = tokenizer("def main(", return_tensors="pt", add_special_tokens=False)',
         f"ids = model.generate(**inputs, max_new_tokens=64, do_sample=False{', use_mtp=True' * bool(draft_length)})",
@@ -75,18 +82,19 @@ def _launch_transformers(path: Path, config: ModelConfig, mtp_config: MTPConfig,
     return "\n".join(lines)
 
 
-def _launch_vllm(path: Path, config: ModelConfig, mtp_config: MTPConfig, draft_length: int) -> str:
+def _launch_vllm(path: Path, config: ModelConfig, mtp_config: MTPConfig, draft_length: int, dtype: str) -> str:
     environment = ["VLLM_CPU_KVCACHE_SPACE=1", "HF_HUB_OFFLINE=1"]
     if config.latent_dim != VLLM_LATENT_DIM:
         environment.append("VLLM_MLA_DISABLE=1")
     words = [
         *environment,
-        *("python", "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--dtype", "float32"),
+        *("python", "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--dtype", dtype),
         *("--max-model-len", str(config.max_position_embeddings), "--enforce-eager"),
         *("--compilation-config", json.dumps(VLLM_COMPILATION)),
     ]
     if draft_length:
         words += ["--speculative-config", json.dumps(vllm_speculation(draft_length))]
+        words += ["--override-generation-config", json.dumps(VLLM_GREEDY)]
     return shlex.join(words)
 
 
@@ -94,12 +102,16 @@ VLLM_COMPILATION = {"custom_ops": ["-rotary_embedding"]}
 """Without it vLLM 0.32 on a CPU rotates DeepSeek's queries and keys wrongly in eager mode, silently."""
 
 
+VLLM_GREEDY = {"temperature": 0}
+"""What a request means that names no temperature: vLLM's sampler on a CPU is wrong with drafts and a temperature."""
+
+
 def vllm_speculation(draft_length: int) -> dict[str, str | int]:
     """vLLM's `speculative_config` for N = `draft_length`."""
     return {"method": "mtp", "num_speculative_tokens": draft_length}
 
 
-def _launch_sglang(path: Path, config: ModelConfig, mtp_config: MTPConfig, draft_length: int) -> str:
+def _launch_sglang(path: Path, config: ModelConfig, mtp_config: MTPConfig, draft_length: int, dtype: str) -> str:
     words = ["python", "-m", "sglang.launch_server", "--model-path", str(path)]
     if draft_length:
         words += ["--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(draft_length)]
@@ -107,7 +119,7 @@ def _launch_sglang(path: Path, config: ModelConfig, mtp_config: MTPConfig, draft
     return shlex.join(words)
 
 
-def _launch_llamacpp(path: Path, config: ModelConfig, mtp_config: MTPConfig, draft_length: int) -> str:
+def _launch_llamacpp(path: Path, config: ModelConfig, mtp_config: MTPConfig, draft_length: int, dtype: str) -> str:
     words = ["llama-server", "-m", str(path), "-c", str(config.max_position_embeddings)]
     if draft_length:
         words += ["--spec-type", "draft-mtp", "--spec-draft-n-max", str(draft_length)]

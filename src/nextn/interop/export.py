@@ -21,6 +21,8 @@ from nextn.mtp import find_checkpoint, load_model, save_model
 FORMATS = {"hf": "transformers", "vllm": "vllm", "sglang": "sglang", "gguf": "llamacpp"}
 """What `--to` takes, and the engine that reads it."""
 
+FOLDER_DTYPES = ("float32", "bfloat16", "float16")
+
 CARRIED_ALONG = ("recipe.json",)
 """Files of the checkpoint that go with an exported folder unchanged."""
 
@@ -69,10 +71,14 @@ def export_model(
         raise ExportError(f"unknown format {to!r}; known: {', '.join(FORMATS)}")
     if out.exists():
         raise ExportError(f"{out} exists already; name another place, or remove it first")
+    if to != "gguf" and dtype not in (None, *FOLDER_DTYPES):
+        raise ExportError(f"unknown dtype {dtype!r} for --to {to}; known: {', '.join(FOLDER_DTYPES)}")
     engine, folder = FORMATS[to], find_checkpoint(path)
-    model = canonical(load_model(folder, dtype="float32" if to == "gguf" else dtype or "float32"))
+    computed = "float32" if to == "gguf" else dtype or "float32"
+    model = canonical(load_model(folder, dtype=computed))
     if reasons := reasons_against(engine, model.config, model.mtp_config):
-        raise ExportError(f"{engine} cannot serve {folder} with its MTP modules: {'; '.join(reasons)}")
+        what = " with its MTP modules" if model.num_depths else ""
+        raise ExportError(f"{engine} cannot serve {folder}{what}: {'; '.join(reasons)}")
     if to == "gguf":
         write_gguf(model, out, dtype or "f32")
     else:
@@ -82,5 +88,5 @@ def export_model(
             for name in CARRIED_ALONG:
                 if (folder / name).exists():
                     shutil.copyfile(folder / name, temporary / name)
-    line = launch_line(engine, out, model.config, model.mtp_config, draft_length if model.num_depths else 0)
+    line = launch_line(engine, out, model.config, model.mtp_config, draft_length if model.num_depths else 0, computed)
     return Exported(out, engine, line)

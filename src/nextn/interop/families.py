@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nextn.config import MTPConfig
+from nextn.errors import ConfigError
 
 Norm = Literal["post_norm", "pre_norm"]
 
@@ -107,10 +108,19 @@ class Family:
         raise KeyError(inside)
 
     def num_declared(self, table: Mapping[str, Any]) -> int | None:
-        """Modules that config.json declares; None where the family does not declare them."""
+        """Modules that config.json declares; None where the family does not declare them.
+
+        Raises ConfigError for anything but a number of modules.
+        """
         if self.count_key is None:
             return None
-        return int(text_config(table).get(self.count_key) or 0)
+        match text_config(table).get(self.count_key):
+            case None:
+                return 0
+            case int(number) if number >= 0 and not isinstance(number, bool):
+                return number
+            case other:
+                raise ConfigError(f"{self.count_key} is {other!r} in config.json, wanted a number of MTP modules")
 
     def num_stored(self, names: Iterable[str], num_layers: int) -> int:
         """Modules of which at least one tensor is stored (the highest number + 1)."""

@@ -2,7 +2,7 @@
 
 llama.cpp runs DeepSeek-V3 as architecture `deepseek2` and drafts with its MTP block under `--spec-type draft-mtp`; its
 own converter leaves that block out. `nextn.interop.gguf_layout` has the names. The `gguf` package does the encoding; it
-is optional (`pip install 'nextn[gguf]'`) and imported when it is needed.
+is optional (`pip install gguf`) and imported when it is needed.
 """
 
 from __future__ import annotations
@@ -175,5 +175,5 @@ def _gguf(error_class: type[NextnError]) -> ModuleType:
     try:
         import gguf
     except ImportError:
-        raise error_class("GGUF files need the package gguf: pip install 'nextn[gguf]'") from None
+        raise error_class("GGUF files need the package gguf: pip install gguf") from None
     return gguf

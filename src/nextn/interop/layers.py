@@ -7,6 +7,7 @@ rolled back by overwriting, rows at different positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,16 @@ ATTENTION = frozenset({"full_attention", "sliding_attention"})
 RECURRENT = frozenset({"linear_attention"})
 WITHOUT_MEMORY = frozenset({"moe", "mlp"})
 """Kinds of layers by transformers' `layer_types`: what a layer remembers of earlier positions."""
+
+CAPS = ("final_logit_softcapping", "attn_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+SCALES = (
+    *("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier"),
+    *("embedding_multiplier", "mup_enabled"),
+)
+"""Settings of transformers' configs that change logits or embeddings: caps unless None, scales unless None, 1, False.
+
+Small logits pass through a cap unchanged, within any tolerance, so running the model cannot rule one out.
+"""
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,42 @@ def layer_kinds(config: Any, num_layers: int, name: str) -> list[str]:
     if not ATTENTION & set(kinds):
         raise ConfigError(f"{name} has no attention layer; nextn's MTP blocks are built like one")
     return list(kinds)
+
+
+def check_settings(name: str, *configs: Any) -> None:
+    """Refuse what comparing a few tokens need not show: caps, scales, rotary factors that change with the length.
+
+    Args:
+        name: the model's, for the message.
+        configs: its own, and its language model's.
+
+    Raises:
+        ConfigError: such a setting, named with its value.
+    """
+    for config in configs:
+        for key in (*CAPS, *SCALES):
+            value = getattr(config, key, None)
+            if value is not None and (key in CAPS or value not in (1, False)):
+                raise ConfigError(
+                    f"{name} sets {key} = {value!r}, and nextn neither caps nor scales logits and embeddings: it has "
+                    "no trunk for this model"
+                )
+        rope = getattr(config, "rope_parameters", None) or {}
+        nested = (part for part in rope.values() if isinstance(part, Mapping))  # one per kind of layer
+        for part in (rope, *nested):
+            _check_rotary(name, part, getattr(config, "max_position_embeddings", math.inf))
+
+
+def _check_rotary(name: str, parameters: Mapping[str, Any], longest: float) -> None:
+    """Raise ConfigError if rotary factors would change within `longest` positions."""
+    kind = str(parameters.get("rope_type"))
+    same = parameters.get("original_max_position_embeddings", 0) if kind == "longrope" else 0
+    if "dynamic" in kind or (kind == "longrope" and longest > same):
+        raise ConfigError(
+            f"{name} has rope_type {kind!r}: once a text is long, the rotary factors of all its positions change and "
+            "cached keys keep the old ones, so decoding would not be lossless"
+            + (f". Up to max_position_embeddings = {same} they stay" if same else "")
+        )
 
 
 def has_experts(layer: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -58,14 +58,11 @@ def load_with_transformers(folder: Path, device: str = "cpu", dtype: str = "floa
     files, table = TensorFiles.open(folder), read_json(folder / CONFIG_FILE)
     if not isinstance(table, dict) or "model_type" not in table:
         raise CheckpointError(f"{folder / CONFIG_FILE} names no model_type, so nobody knows what these tensors are")
-    if "quantization_config" in table:
-        raise CheckpointError(
-            f"{folder}: weights quantised by {table['quantization_config'].get('quant_method', 'an unnamed method')!r} "
-            f"are read for {NATIVE} only; save them as float weights first"
-        )
+    if table.get("quantization_config") is not None:
+        _refuse_quantised(folder, table["quantization_config"])
     family = family_of(table)
-    num_modules = _num_modules(folder, table, files, family)
     try:
+        num_modules = _num_modules(folder, table, files, family)
         hf_model = _transformers_model(folder, table, files, family, DTYPES[dtype])
         trunk = TransformersTrunk(hf_model, family.block_settings if family and num_modules else None)
         mtp_config = family.mtp_config(num_modules) if family else MTPConfig(num_depths=0)
@@ -76,6 +73,19 @@ def load_with_transformers(folder: Path, device: str = "cpu", dtype: str = "floa
         raise CheckpointError(f"{folder}: {error}") from None
     attach_tokenizer(model, folder)
     return model.to(target).eval()
+
+
+def _refuse_quantised(folder: Path, value: Any) -> NoReturn:
+    """Raise CheckpointError: transformers' trunk is read from float weights, declared by the key's absence."""
+    if not isinstance(value, Mapping):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: quantization_config is {value!r}, which says no method; take it out if the "
+            "weights are float"
+        )
+    raise CheckpointError(
+        f"{folder}: weights quantised by {value.get('quant_method', 'an unnamed method')!r} are read for {NATIVE} "
+        "only; save them as float weights first"
+    )
 
 
 def _num_modules(folder: Path, table: Mapping[str, Any], files: TensorFiles, family: Family | None) -> int:

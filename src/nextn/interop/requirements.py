@@ -38,7 +38,7 @@ def reasons_against_vllm(config: ModelConfig, mtp_config: MTPConfig) -> list[str
             sizes = ", ".join(map(str, VLLM_CPU_HEAD_SIZES))
             reasons.append(
                 f"its CPU attention takes query-key widths of {sizes}, and qk_nope_head_dim + qk_rope_head_dim is "
-                f"{config.qk_head_dim}"
+                f"{config.qk_head_dim} (for vLLM on a GPU, whose kernels are others: --to hf writes the same folder)"
             )
         if config.v_head_dim > config.qk_head_dim:
             reasons.append(

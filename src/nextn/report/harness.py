@@ -30,8 +30,7 @@ try:
     from tqdm import tqdm  # type: ignore[import-untyped]
 except ModuleNotFoundError as error:
     raise ConfigError(
-        f"--tasks needs lm-evaluation-harness, and {error.name} is not installed; install it with "
-        "pip install 'nextn[lm-eval]'"
+        f"--tasks needs lm-evaluation-harness, and {error.name} is not installed; install it with pip install lm-eval"
     ) from None
 
 CHUNK_SIZE = 1024

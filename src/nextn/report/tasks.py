@@ -170,7 +170,8 @@ def _load(tasks: TaskSelection) -> list[Any]:
         except Exception as error:
             raise DataError(
                 f"task {name!r} cannot be loaded ({type(error).__name__}: {error}); its data come from a hub unless "
-                "its YAML file names local ones (dataset_path: json, dataset_kwargs: data_files: ...)"
+                "its YAML file names local ones (dataset_path: json, dataset_kwargs: data_files: ...), and relative "
+                "paths there are looked for in the folder nextn is started in"
             ) from error
         for task_name, task in built["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):

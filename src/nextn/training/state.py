@@ -3,9 +3,10 @@
     RUN/checkpoints/step-00000200/
         config.json, model.safetensors, tokenizer files     the model, as `nextn.load` and transformers read it
         recipe.json, provenance.json                        where it comes from
-        training_state.safetensors                          optimizer moments, states of the random generators
-        training_state.json                                 step, tokens, times, place in the data
+        training_state/tensors.safetensors                  optimizer moments, states of the random generators
+        training_state/state.json                           step, tokens, times, place in the data
 
+The training state has a folder of its own because engines take every safetensors file beside config.json for weights.
 A folder called `step-...` is complete: it is written under another name and renamed. Nothing is pickled.
 """
 
@@ -41,11 +42,13 @@ from nextn.mtp import MTPModel, load_model, save_model
 from nextn.tables import flattened, from_table, to_table
 from nextn.training.optimizer import TrainingOptimizer
 
+STATE_FILE, TENSORS_FILE = "training_state/state.json", "training_state/tensors.safetensors"
+
 STATE_FORMAT = 1
-"""Version of training_state.json."""
+"""Version of `STATE_FILE`."""
 
 STATE_KEYS = {"tensors", "clock", "sampler", "random", "train_tokens_sha256"}
-"""What training_state.json holds beside its version."""
+"""What `STATE_FILE` holds beside its version."""
 
 
 @dataclass
@@ -86,7 +89,8 @@ def save_checkpoint(
         save_model(state.model, folder)
         write_json(folder / "recipe.json", recipe)
         write_json(folder / "provenance.json", provenance)
-        write_tensors(folder / "training_state.safetensors", tensors | random_tensors)
+        (folder / STATE_FILE).parent.mkdir()
+        write_tensors(folder / TENSORS_FILE, tensors | random_tensors)
         table = {
             "format": STATE_FORMAT,
             "tensors": sorted(tensors | random_tensors),
@@ -95,7 +99,7 @@ def save_checkpoint(
             "random": random_table,
             "train_tokens_sha256": train_tokens_sha256,
         }
-        write_json(folder / "training_state.json", table)
+        write_json(folder / STATE_FILE, table)
     return path
 
 
@@ -148,20 +152,18 @@ def restore(path: Path, state: RunState, train_tokens_sha256: str) -> None:
         DataError: the training tokens are not those of the checkpoint.
     """
     with _way_out_of_damage(path):
-        table = read_json(path / "training_state.json")
+        table = read_json(path / STATE_FILE)
     if not isinstance(table, dict) or table.get("format") != STATE_FORMAT:
         raise CheckpointError(
-            f"{path / 'training_state.json'} has format {table.get('format') if isinstance(table, dict) else None}, "
+            f"{path / STATE_FILE} has format {table.get('format') if isinstance(table, dict) else None}, "
             f"this version of nextn reads {STATE_FORMAT}; resume with the version that wrote it (see provenance.json)"
         )
     with _way_out_of_damage(path):
         if missing := sorted(STATE_KEYS - table.keys()):
-            raise CheckpointError(f"{path / 'training_state.json'} lacks {', '.join(missing)}")
-        tensors = read_tensors(path / "training_state.safetensors")
+            raise CheckpointError(f"{path / STATE_FILE} lacks {', '.join(missing)}")
+        tensors = read_tensors(path / TENSORS_FILE)
         if sorted(tensors) != table["tensors"]:
-            raise CheckpointError(
-                f"{path / 'training_state.safetensors'} does not hold the tensors training_state.json names"
-            )
+            raise CheckpointError(f"{path / TENSORS_FILE} does not hold the tensors that {STATE_FILE} names")
         saved = load_model(path).state_dict()
     if table["train_tokens_sha256"] != train_tokens_sha256:
         raise DataError(
