@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +15,14 @@ from torch import Tensor
 
 from nextn.checkpoint import TensorFiles, atomic_folder, read_json, write_json
 from nextn.config import MTPConfig
+from nextn.data import ByteTokenizer
 from nextn.errors import CheckpointError
 from nextn.interop.doctor import Diagnosis, examine, laws, services, values
 from nextn.interop.doctor.stored import declared_in_folder, sort_tensors
 from nextn.interop.doctor.values import TensorStatistics
 from nextn.interop.engines import reasons_against
 from nextn.interop.families import FAMILIES
-from nextn.mtp import MTPModel, save_model
+from nextn.mtp import MTPModel, load_model, save_model
 from nextn.mtp.config_file import read_config
 
 from ..parity.released_families import FAMILIES as RELEASED
@@ -98,7 +101,12 @@ def test_a_good_checkpoint_is_healthy_whatever_its_scheme_and_shards(tmp_path: P
 def test_a_block_that_is_dense_where_every_trunk_layer_has_experts_is_healthy(tmp_path: Path):
     diagnosis = examine(saved(tmp_path / "a", replace(TINY, first_k_dense_replace=0), dense_blocks=True))
     assert diagnosis.is_healthy
-    assert "block unlike the trunk" in [finding.what for finding in diagnosis.findings]
+    assert warnings(diagnosis) == []  # every name is compared with the settings, if not with the trunk
+    assert "complete" in diagnosis.verdict
+    set_config(tmp_path / "a", model_type="unheard_of")
+    diagnosis = examine(tmp_path / "a")
+    assert warnings(diagnosis) == ["block unlike the trunk"]
+    assert "complete" not in diagnosis.verdict
 
 
 def test_no_mtp_at_all_is_healthy_too(tmp_path: Path):
@@ -120,11 +128,16 @@ def test_a_weights_file_alone_is_examined_by_its_names(tmp_path: Path):
     assert problems(examine(tmp_path / "alone.safetensors")) == ["MTP incomplete"]
 
 
-def test_a_shard_alone_is_examined_for_what_it_holds(tmp_path: Path):
+def test_a_shard_that_an_index_beside_it_lists_is_taken_as_the_folder_and_alone_for_what_it_holds(tmp_path: Path):
     folder = saved(tmp_path / "a", max_shard_bytes=30_000)
-    shards = sorted(folder.glob("model-*"))
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
     assert len(shards) > 2
-    assert all(examine(shard).is_healthy for shard in shards)
+    assert all(examine(shard) == examine(folder) for shard in shards)
+    (folder / "model.safetensors.index.json").unlink()
+    for diagnosis in map(examine, shards):
+        assert diagnosis.is_healthy
+        assert diagnosis.verdict.startswith("one shard: ")
+        assert "complete" not in diagnosis.verdict
 
 
 def test_nothing_of_the_trunk_is_read_but_one_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -185,6 +198,15 @@ def blind_to_the_embedding(state: dict[str, Tensor]) -> None:
     state[EH_PROJ][:, : TINY.hidden_size] = 0
 
 
+def a_stranger_for_the_projection(state: dict[str, Tensor]) -> None:
+    del state["model.layers.2.self_attn.o_proj.weight"]
+    state["model.layers.2.self_attn.k_scale"] = torch.ones(1)
+
+
+def another_embedding(state: dict[str, Tensor]) -> None:
+    state["model.layers.2.embed_tokens.weight"] = state["model.embed_tokens.weight"] + 1
+
+
 ILLS = {
     "all tensors": (drop_mtp, "MTP lost", "declares 1 module and no tensor of it is stored"),
     "one tensor": (lambda s: s.pop(EH_PROJ), "MTP incomplete", "module 0 lacks 1 tensor"),
@@ -199,19 +221,50 @@ ILLS = {
     "denormals": (denormals, "MTP uninitialised", "next to zero"),
     "nan": (nan_in_the_routing_bias, "MTP not finite", "e_score_correction_bias"),
     "constant": (one_value, "MTP constant", EH_PROJ),
+    "miscounted": (None, "layers miscounted", "is 3, and the first layer with tensors that only MTP modules have is 2"),
+    "head": (lambda s: s.pop("lm_head.weight"), "trunk unlike settings", "1 missing (lm_head.weight)"),
+    "trunk shape": (
+        lambda s: s.update({"model.norm.weight": torch.ones(7)}),
+        "trunk unlike settings",
+        "model.norm.weight is 7 and should be 24",
+    ),
+    "uncompared": (a_stranger_for_the_projection, "MTP unlike settings", "1 missing (model.layers.2.self_attn.o_proj"),
+    "embedding": (another_embedding, "copies differ", "embed_tokens.weight is not model.embed_tokens.weight"),
+    "head copy": (
+        lambda s: s.update({"model.layers.2.shared_head.head.weight": 2 * s["lm_head.weight"]}),
+        "copies differ",
+        "shared_head.head.weight is not lm_head.weight",
+    ),
     "half": (blind_to_the_embedding, "MTP half blind", "reads the embedding is zeros"),
 }
 
 
+def damage(folder: Path, ill: str) -> None:
+    change = ILLS[ill][0]
+    if change is None:
+        set_config(folder, num_hidden_layers=TINY.num_hidden_layers + 1)
+    else:
+        rewrite(folder, change)
+
+
 @pytest.mark.parametrize("ill", ILLS)
 def test_every_ill_has_its_own_verdict(tmp_path: Path, ill: str):
-    change, what, detail = ILLS[ill]
-    rewrite(saved(tmp_path / "a", num_depths=1), change)
+    _, what, detail = ILLS[ill]
+    damage(saved(tmp_path / "a", num_depths=1), ill)
     diagnosis = examine(tmp_path / "a")
     assert what in problems(diagnosis)
     assert diagnosis.verdict.startswith(f"{what}: ")
     assert detail in diagnosis.verdict
     assert not diagnosis.has_mtp
+
+
+@pytest.mark.parametrize("ill", ["miscounted", "head", "trunk shape", "uncompared", "embedding", "head copy"])
+def test_what_passes_for_whole_by_its_modules_alone_does_not_load(tmp_path: Path, ill: str):
+    saved(tmp_path / "a", num_depths=1)
+    load_model(tmp_path / "a")
+    damage(tmp_path / "a", ill)
+    with pytest.raises(CheckpointError):
+        load_model(tmp_path / "a")
 
 
 def test_a_half_is_named_by_the_order_that_the_checkpoint_states(tmp_path: Path):
@@ -249,6 +302,13 @@ def test_a_block_copied_from_the_trunk_and_norms_as_initialised_are_warnings(tmp
 
     rewrite(saved(tmp_path / "a"), graft)
     assert warnings(examine(tmp_path / "a")) == ["MTP copies the trunk"]
+    shutil.copytree(
+        tmp_path / "a", tmp_path / "frozen"
+    )  # the smallest matrix alone is the trunk's: a router not trained
+    rewrite(
+        tmp_path / "frozen", lambda s: s.update({n: t + 1e-3 for n, t in s.items() if is_mtp(n) and "gate." not in n})
+    )
+    assert warnings(examine(tmp_path / "frozen")) == []
     rewrite(tmp_path / "a", lambda s: s.update({n: t + 1e-3 for n, t in s.items() if is_mtp(n)}))
     assert warnings(examine(tmp_path / "a")) == []
     fresh = {n: torch.ones_like(t) for n, t in load_file(tmp_path / "a" / "model.safetensors").items() if "norm" in n}
@@ -256,6 +316,52 @@ def test_a_block_copied_from_the_trunk_and_norms_as_initialised_are_warnings(tmp
     diagnosis = examine(tmp_path / "a")
     assert warnings(diagnosis) == ["norms as initialised"]
     assert diagnosis.verdict.endswith("but look at: norms as initialised")
+
+
+@pytest.mark.parametrize("scheme", ["sequential", "independent"])
+def test_norms_as_initialised_are_found_in_one_module_of_two(tmp_path: Path, scheme: str):
+    second = "model.layers.3." if scheme == "sequential" else "mtp.layers.1."
+    rewrite(
+        saved(tmp_path / "a", num_depths=2, scheme=scheme),
+        lambda s: s.update({n: torch.ones_like(t) for n, t in s.items() if n.startswith(second) and "norm" in n}),
+    )
+    found = next(f for f in examine(tmp_path / "a").findings if f.what == "norms as initialised")
+    assert found.detail.startswith("every norm of module 1 is exactly 1")
+    rewrite(tmp_path / "a", lambda s: s.update({n: t + 0.1 for n, t in s.items() if n.startswith(second)}))
+    assert warnings(examine(tmp_path / "a")) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e8m0fnu])
+def test_scales_that_are_all_one_power_of_two_are_healthy_and_weights_that_are_one_value_are_not(tmp_path: Path, dtype):
+    def quantise(state: dict[str, Tensor]) -> None:
+        for name in [name for name in state if "_proj" in name and not name.startswith(EH_PROJ)]:
+            rows, columns = (-(-size // 8) for size in state[name].shape)
+            state[name] = (state[name] * 2**8).to(torch.float8_e4m3fn)
+            state[name + "_scale_inv"] = torch.full((rows, columns), 2.0**-8).to(dtype)
+
+    folder = saved(tmp_path / "a")
+    rewrite(folder, quantise)
+    set_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]})
+    assert (problems(examine(folder)), warnings(examine(folder))) == ([], [])
+    load_model(folder)
+    rewrite(folder, one_value)
+    assert problems(examine(folder)) == ["MTP constant"]
+
+
+def test_settings_that_mean_nothing_are_findings(tmp_path: Path):
+    folder = saved(tmp_path / "a")
+    own = read_json(folder / "config.json")["nextn"]["mtp"]
+    for mtp in ({"scheme": "bogus"}, own | {"scheme": "bogus"}, own | {"scheme": ["bogus"]}):
+        set_config(folder, nextn={"mtp": mtp})
+        assert examine(folder).verdict.startswith("settings unread: ")
+    set_config(folder, nextn={"mtp": own | {"concat": "bogus"}})
+    assert warnings(examine(folder)) == ["settings unread"]
+    set_config(folder, model_type=["deepseek_v3"])
+    assert "model_type should be a name" in examine(folder).verdict
+    set_config(folder, model_type="deepseek_v3", nextn={"mtp": own | {"scheme": "parallel", "num_depths": 0}})
+    rewrite(folder, drop_mtp)
+    set_config(folder, num_nextn_predict_layers=0)
+    assert examine(folder).verdict == "no MTP: nextn.mtp: scheme parallel, num_depths = 0, and none is stored"
 
 
 def test_files_that_cannot_be_read_are_a_verdict(tmp_path: Path):
@@ -351,11 +457,10 @@ def test_whole_checkpoints_of_every_family_are_healthy_until_a_tensor_goes(tmp_p
         (tmp_path / kind).mkdir()
         folder = Reference(released).save(tmp_path / kind)
         diagnosis = examine(folder)
-        assert (problems(diagnosis), warnings(diagnosis)) == ([], []), kind
+        unlike = ["block unlike the trunk"] * (kind == "nemotron_h")  # whose block is two of the trunk's layers
+        assert (problems(diagnosis), warnings(diagnosis)) == ([], unlike), kind
         assert diagnosis.num_stored == released.num_modules
-        is_compared = "block unlike the trunk" not in [finding.what for finding in diagnosis.findings]
-        assert is_compared or kind == "nemotron_h"  # whose block is two of the trunk's layers
-        lost = "o_proj.weight" if is_compared else "eh_proj.weight"
+        lost = "eh_proj.weight" if unlike else "o_proj.weight"
         modules = sort_tensors(TensorFiles.open(folder), declared_in_folder(folder)).modules
         names = [name for name in modules[0].values() if name.endswith(lost)]
         rewrite(folder, lambda state, names=names: [state.pop(name) for name in names])
@@ -386,11 +491,45 @@ def test_engines_that_cannot_run_the_modules_say_why(tmp_path: Path):
     assert found["transformers"].export.startswith("nextn export")
 
 
+def test_no_export_is_promised_that_would_fail(tmp_path: Path):
+    folder = saved(tmp_path / "a b", replace(TINY, q_lora_rank=8, vocab_size=257))
+
+    def llamacpp():
+        return next(service for service in services(examine(folder)) if service.engine == "llamacpp")
+
+    assert (llamacpp().runs_mtp, llamacpp().export) == (False, "")
+    assert "no tokenizer.json" in llamacpp().reasons[0]
+    (folder / "tokenizer.json").write_text("{}")
+    assert (llamacpp().runs_mtp, llamacpp().export) == (False, "")
+    ByteTokenizer().save(folder)
+    assert llamacpp().runs_mtp
+    words = shlex.split(llamacpp().export)
+    assert words == ["nextn", "export", str(folder), "--to", "gguf", "--out", f"{folder}.gguf"]
+    set_config(folder, quantization_config={"quant_method": "gptq"})
+    assert warnings(examine(folder)) == ["weights unread"]
+    assert all(
+        (one.runs_mtp or False, one.export, one.launch_line) == (False, "", "") for one in services(examine(folder))
+    )
+    assert "quant_method is 'gptq'" in llamacpp().reasons[0]
+    set_config(folder, quantization_config={"quant_method": "fp8"})  # one factor per matrix, which nextn does not read
+    rewrite(folder, lambda s: s.update({"lm_head.weight_scale": torch.ones(1)}))
+    assert (problems(examine(folder)), warnings(examine(folder))) == ([], ["weights unread"])
+
+
+def test_a_checkpoint_is_examined_from_inside_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = saved(tmp_path / "a", replace(TINY, q_lora_rank=8, vocab_size=257))
+    ByteTokenizer().save(folder)
+    (folder / "below").mkdir()
+    for place, path in ((folder, "."), (folder / "below", "..")):
+        monkeypatch.chdir(place)
+        export = next(service.export for service in services(examine(Path(path))) if service.engine == "llamacpp")
+        assert export == f"nextn export {path} --to gguf --out {tmp_path / 'a.gguf'}"
+
+
 # ----------------------------------------------------------------------------------------------------------------- GGUF
 
 
 def gguf_of(tmp_path: Path, **mtp) -> Path:
-    from nextn.data import ByteTokenizer
     from nextn.interop.gguf import write_gguf
 
     pytest.importorskip("gguf")
@@ -447,3 +586,21 @@ def test_a_gguf_file_that_lost_its_mtp_tensors_or_their_declaration_is_found(
 
         monkeypatch.setattr("nextn.interop.doctor.examination.GgufFile", Careless)
         assert problems(examine(path)) == [what]
+
+
+def test_a_part_of_a_split_gguf_file_is_one_shard_and_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = gguf_of(tmp_path, num_depths=1)
+    for metadata, without in (({"split.count": 2}, "blk.2."), ({"split.count": 2, "general.architecture": None}, "?")):
+
+        class Part(Renamed):
+            def __init__(self, path: Path, metadata=metadata, without=without):
+                super().__init__(path, metadata, without)
+
+        monkeypatch.setattr("nextn.interop.doctor.examination.GgufFile", Part)
+        diagnosis = examine(path)
+        assert problems(diagnosis) == []
+        assert diagnosis.verdict.startswith("one shard: one file of several")
+        assert all(not service.runs_mtp for service in services(diagnosis))
+    monkeypatch.undo()
+    part = path.rename(tmp_path / "a-00001-of-00002.gguf")
+    assert examine(part).verdict.startswith("one shard: one file of several")

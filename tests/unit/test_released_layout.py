@@ -240,7 +240,7 @@ def test_fp8_weights_without_their_factors_and_the_reverse_are_errors(tmp_path: 
         load_model(tmp_path / "a")
     for wrong, message in (
         ({"quant_method": "awq"}, "quant_method is 'awq'"),
-        ("fp8-ish", "quant_method is 'fp8-ish'"),
+        ("fp8", "quant_method is 'fp8'"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\]"),
     ):
         change_config(tmp_path / "a", lambda table, wrong=wrong: table.update(quantization_config=wrong))

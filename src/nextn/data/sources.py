@@ -266,7 +266,7 @@ def _hub_rows(name_and_split: str, text_field: str) -> Iterator[SourceText]:
         datasets = importlib.import_module("datasets")
     except ModuleNotFoundError:
         raise DataError(
-            f"data.corpus = 'hf:{name_and_split}' needs the datasets library: pip install 'nextn[datasets]'"
+            f"data.corpus = 'hf:{name_and_split}' needs the datasets library: pip install datasets"
         ) from None
     file = f"{HUB_PREFIX}{name}:{split}"
     try:

@@ -89,7 +89,7 @@ def fp8_block(folder: Path) -> tuple[int, int]:
     if quantization is None:
         return FP8_BLOCK
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method != "fp8":
+    if not isinstance(quantization, dict) or method != "fp8":
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: quant_method is {method!r}; nextn reads float and block-quantised FP8 weights"
         )

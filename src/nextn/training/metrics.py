@@ -113,7 +113,7 @@ def require_tensorboard() -> None:
         importlib.import_module("torch.utils.tensorboard")
     except ImportError:
         raise ConfigError(
-            "training.tensorboard = true, but TensorBoard is not installed: pip install 'nextn[tensorboard]', "
+            "training.tensorboard = true, but TensorBoard is not installed: pip install tensorboard, "
             "or set training.tensorboard = false (metrics.jsonl is written in any case)"
         ) from None
 

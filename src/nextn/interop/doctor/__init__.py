@@ -5,6 +5,7 @@ services(found)  what each engine makes of it, and the command
 finding          what a finding is
 stored           what is declared, and which tensor is in which place
 laws, values     each finding's law: on names, shapes and dtypes; on the values
+fit              laws of nextn's loader, on checkpoints whose settings it reads
 """
 
 from nextn.interop.doctor.diagnosis import CONVENTIONS, Diagnosis

@@ -65,14 +65,21 @@ class Diagnosis:
         warnings = [finding.what for finding in self.findings if finding.severity == "warning"]
         if problems:
             return f"{problems[0].what}: {problems[0].detail}"
+        shard = self.detail_of("one shard")
         if not self.num_stored:
-            absent = [finding for finding in self.findings if finding.what == "no MTP"]
-            return f"{absent[0].what}: {absent[0].detail}"
+            return f"one shard: {shard}" if shard else f"no MTP: {self.detail_of('no MTP')}"
         modules = f"{counted(self.num_stored, 'module')}, {counted(self.num_mtp_tensors, 'tensor')}"
         if self.settings and self.settings[1].scheme != RELEASED_SCHEME:
             modules = f"scheme {self.settings[1].scheme}, {counted(self.num_mtp_tensors, 'tensor')}"
         but = f", but look at: {', '.join(warnings)}" if warnings else ""
-        return f"MTP healthy: {modules}, complete and plausible{but}"
+        if shard:
+            return f"one shard: {shard}; {modules} in it, plausible{but}"
+        complete = "" if "block unlike the trunk" in warnings else "complete and "
+        return f"MTP healthy: {modules}, {complete}plausible{but}"
+
+    def detail_of(self, what: str) -> str:
+        """The detail of the finding of that name, empty where there is none."""
+        return next((finding.detail for finding in self.findings if finding.what == what), "")
 
     def adding(self, *findings: Finding) -> Diagnosis:
         """The same with more findings."""

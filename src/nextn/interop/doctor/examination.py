@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nextn.checkpoint import TensorFiles
-from nextn.config import ModelConfig, MTPConfig
 from nextn.errors import CheckpointError
-from nextn.interop.doctor import laws, values
+from nextn.interop.doctor import fit, laws, values
 from nextn.interop.doctor.diagnosis import CONVENTIONS, Diagnosis
 from nextn.interop.doctor.finding import Finding, counted, some
+from nextn.interop.doctor.fit import Wanted
 from nextn.interop.doctor.stored import (
     Declaration,
-    Kind,
     Stored,
     declared_in_folder,
     declared_in_gguf,
+    first_marked,
     is_shard,
     locate,
     sort_tensors,
 )
 from nextn.interop.doctor.values import TensorStatistics
 from nextn.interop.gguf import GgufFile
-from nextn.mtp import MTPModel
-from nextn.mtp.config_file import num_released_modules, read_config
-from nextn.mtp.layout import to_released_names
+from nextn.mtp.config_file import num_released_modules
 from nextn.mtp.registry import scheme_class
 
 _INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")
 _ORDERS = {
     "embed_first": ("embedding", "hidden state"),
     "hidden_first": ("hidden state", "embedding"),
-    None: ("first input", "second input"),
 }
 _MAKE_AGAIN = "copy or download it again"
 
@@ -48,8 +46,9 @@ def _silent(text: str) -> None:
 def examine(path: Path, say: Callable[[str], None] = _silent) -> Diagnosis:
     """Examine a checkpoint's folder, a safetensors file or a GGUF file for its MTP modules.
 
-    Headers are read whole; of the tensors only those of the MTP modules, one at a time, and one matrix of the trunk's
-    last layer. What is wrong with a checkpoint is a finding, never an error.
+    Headers are read whole; of the tensors only those of the MTP modules, one at a time, matrices of the trunk's last
+    layer until one differs from the module's, and what the modules repeat of the trunk. What is wrong with a checkpoint
+    is a finding, never an error.
 
     Args:
         path: the folder of a checkpoint or a run, a `.safetensors` or a `.gguf` file.
@@ -60,7 +59,7 @@ def examine(path: Path, say: Callable[[str], None] = _silent) -> Diagnosis:
     """
     place, kind = locate(path)
     if kind == "gguf" and importlib.util.find_spec("gguf") is None:
-        raise CheckpointError("GGUF files need the package gguf: pip install 'nextn[gguf]'")
+        raise CheckpointError("GGUF files need the package gguf: pip install gguf")
     declaration = Declaration()
     try:
         if kind == "folder":
@@ -72,9 +71,10 @@ def examine(path: Path, say: Callable[[str], None] = _silent) -> Diagnosis:
         unreadable = Finding("problem", "unreadable", str(error), _MAKE_AGAIN)
         return Diagnosis(place, kind, declaration.model_type, declaration.count, findings=(unreadable,))
     stored = sort_tensors(source, declaration)
-    settings, findings = _settings(place, kind, declaration)
-    conventions = _conventions(declaration, settings) if stored.modules else {}
-    findings += _findings_of_names(place, stored, declaration, settings)
+    wanted, findings = fit.wanted_in_folder(place, declaration) if kind == "folder" else (None, [])
+    conventions = _conventions(declaration, wanted) if stored.modules else {}
+    is_part = declaration.is_part or (kind != "folder" and is_shard(place))
+    findings += _findings_of_names(place, stored, declaration, wanted, is_part)
     if stored.modules:
         findings += _convention_findings(declaration, conventions)
         findings += _findings_of_values(stored, declaration, conventions, say)
@@ -88,47 +88,33 @@ def examine(path: Path, say: Callable[[str], None] = _silent) -> Diagnosis:
         tuple(conventions.items()),
         tuple(findings),
         declaration.context,
-        settings,
+        (wanted.config, wanted.mtp_config) if wanted else None,
     )
 
 
-def _settings(
-    place: Path, kind: Kind, declaration: Declaration
-) -> tuple[tuple[ModelConfig, MTPConfig] | None, list[Finding]]:
-    """What nextn reads from config.json, where the family is its own."""
-    if kind != "folder" or declaration.model_type != "deepseek_v3":
-        return None, []
-    try:
-        return read_config(place), []
-    except CheckpointError as error:
-        return None, [Finding("warning", "settings unread", str(error), "nextn cannot load it; engines might")]
-
-
 def _findings_of_names(
-    place: Path, stored: Stored, declaration: Declaration, settings: tuple[ModelConfig, MTPConfig] | None
+    place: Path, stored: Stored, declaration: Declaration, wanted: Wanted | None, is_part: bool
 ) -> list[Finding]:
     """Laws on what is declared and on names, shapes and dtypes."""
     findings: list[Finding] = []
-    if not declaration.is_released_layout:
-        if settings:
-            config, mtp_config = settings
-            found = stored.shapes(stored.modules.get(0, {}))
-            wanted = _shapes_of_other_scheme(config, mtp_config)
-            findings += laws.other_scheme(mtp_config.scheme, mtp_config.num_depths, wanted, found)
-    else:
-        findings.append(laws.declared_and_stored(declaration.count, declaration.count_key, len(stored.modules)))
-        own_count = num_released_modules(settings[1]) if settings and declaration.own is not None else None
-        findings += laws.own_settings(own_count, declaration.count, declaration.count_key)
-        findings += laws.unplaced(stored.unplaced, declaration.model_type)
-        has_head_norm = _conventions(declaration, settings).get("head_norm", "own") == "own"
-        layers = {layer: stored.shapes(roles) for layer, roles in stored.layers.items()}
-        for module, roles in stored.modules.items():
-            shapes = stored.shapes(roles)
-            if is_shard(place):
-                findings.append(Finding("info", "one shard", "tensors of other shards were not looked for"))
-            else:
-                findings += laws.completeness(module, shapes, layers, declaration.width, has_head_norm)
-            findings += laws.repeated(module, shapes)
+    if is_part:
+        detail = "one file of several, and the others were not looked at: what is not here may be there"
+        findings.append(Finding("info", "one shard", detail, "name the folder, where an index lists the files"))
+    elif declaration.is_released_layout:
+        findings += _findings_of_modules(stored, declaration, wanted)
+    elif wanted:
+        found = stored.shapes(stored.modules.get(0, {}))
+        names = {n.removeprefix("mtp."): shape for n, shape in wanted.shapes.items() if n.startswith("mtp.")}
+        findings += laws.other_scheme(wanted.mtp_config.scheme, wanted.mtp_config.num_depths, names, found)
+    if wanted:
+        ills = {finding.what for finding in findings if finding.severity == "problem"}
+        misfits = _findings_of_fit(place, stored, wanted, ills)
+        if not ills and not misfits:  # every name was compared with the settings, if not with the trunk
+            whole = Finding("ok", "MTP complete", "unlike a layer of the trunk, and as config.json means it")
+            findings = [whole if finding.what == "block unlike the trunk" else finding for finding in findings]
+        findings += misfits
+    for module, roles in stored.modules.items():
+        findings += laws.repeated(module, stored.shapes(roles))
     if stored.modules:
         dtypes = {name: stored.source.dtype(name) for name in stored.mtp_names}
         trunk = [stored.source.dtype(name) for roles in stored.layers.values() for name in roles.values()]
@@ -136,23 +122,41 @@ def _findings_of_names(
     return findings
 
 
-def _shapes_of_other_scheme(config: ModelConfig, mtp_config: MTPConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        state = MTPModel(config, mtp_config).state_dict()
-    released = to_released_names(state, config, mtp_config)
-    return {name.removeprefix("mtp."): tuple(t.shape) for name, t in released.items() if name.startswith("mtp.")}
+def _findings_of_modules(stored: Stored, declaration: Declaration, wanted: Wanted | None) -> list[Finding]:
+    """Laws on modules that engines run: as many as declared, where they should be, and whole."""
+    findings = [laws.declared_and_stored(declaration.count, declaration.count_key, len(stored.modules))]
+    if isinstance(stored.source, TensorFiles):  # GGUF's number of layers follows from that of the modules
+        findings += fit.layers_miscounted(first_marked(stored.source.names), declaration.num_layers)
+    own_count = num_released_modules(wanted.mtp_config) if wanted and declaration.own is not None else None
+    findings += laws.own_settings(own_count, declaration.count, declaration.count_key)
+    findings += laws.unplaced(stored.unplaced, declaration.model_type)
+    has_head_norm = _conventions(declaration, wanted).get("head_norm", "own") == "own"
+    layers = {layer: stored.shapes(roles) for layer, roles in stored.layers.items()}
+    for module, roles in stored.modules.items():
+        findings += laws.completeness(module, stored.shapes(roles), layers, declaration.width, has_head_norm)
+    return findings
+
+
+def _findings_of_fit(place: Path, stored: Stored, wanted: Wanted, ills: Collection[str]) -> list[Finding]:
+    """Laws of nextn's loader. What has another name already, among the `ills` of the modules, is not told again."""
+    if unread := fit.unread_weights(place, stored.source.names):
+        return unread
+    if "layers miscounted" in ills:
+        return []
+    misfits = fit.unlike_settings(stored.source, wanted, with_modules=not ills)
+    return misfits + fit.copies_unlike_the_trunk(stored.source, wanted.config)
 
 
 # ------------------------------------------------------------------------------------------------------- conventions
 
 
-def _conventions(declaration: Declaration, settings: tuple[ModelConfig, MTPConfig] | None) -> dict[str, str]:
+def _conventions(declaration: Declaration, wanted: Wanted | None) -> dict[str, str]:
     """By name, those that have an effect and are known: from nextn's settings, else from the table of families."""
-    if settings is not None:
-        read = scheme_class(settings[1]).settings_read(settings[1])
-        return {name: getattr(settings[1], name) for name in CONVENTIONS if name in read}
+    if wanted is not None:
+        read = scheme_class(wanted.mtp_config).settings_read(wanted.mtp_config)
+        return {name: getattr(wanted.mtp_config, name) for name in CONVENTIONS if name in read}
     stated = declaration.own or vars(declaration.family or object)
-    return {name: stated[name] for name in CONVENTIONS if stated.get(name)}
+    return {name: stated[name] for name in CONVENTIONS if stated.get(name) and isinstance(stated[name], str)}
 
 
 def _convention_findings(declaration: Declaration, conventions: Mapping[str, str]) -> list[Finding]:
@@ -181,19 +185,22 @@ def _findings_of_values(
 ) -> list[Finding]:
     """Laws on the MTP tensors' values, and the look for copies of the trunk."""
     say(f"reading {counted(len(stored.mtp_names), 'MTP tensor')}")
-    statistics: dict[str, TensorStatistics] = {}
+    modules: dict[int, dict[str, TensorStatistics]] = {}
+    order = _ORDERS.get(conventions.get("concat", ""), ("first input", "second input"))
     halves: list[Finding] = []
     unread = []
-    for roles in stored.modules.values():
+    for module, roles in stored.modules.items():
         for role, name in roles.items():
             tensor = _read(stored, name)
             if tensor is None:
                 unread.append(name)
                 continue
-            statistics[name] = TensorStatistics.of(tensor)
+            number = module if declaration.is_released_layout else _number_in_other_scheme(role)
+            modules.setdefault(number, {})[name] = TensorStatistics.of(tensor)
             if role == "eh_proj.weight" and tensor.dim() == 2:
                 first, second = (TensorStatistics.of(half) for half in tensor.tensor_split(2, dim=1))
-                halves += values.fusion_halves(name, first, second, _ORDERS[conventions.get("concat")])
+                halves += values.fusion_halves(name, first, second, order)
+    statistics = {name: found for named in modules.values() for name, found in named.items()}
     zero_centred = (declaration.model_type or "").startswith(values.ZERO_CENTRED_NORMS)
     findings = [
         *values.not_finite(statistics),
@@ -202,6 +209,7 @@ def _findings_of_values(
         *values.constant(statistics),
         *halves,
         *values.norms(statistics, zero_centred),
+        *values.norms_as_initialised(modules, zero_centred),
     ]
     for module, roles in stored.modules.items():
         layer = max(stored.layers, default=None)
@@ -216,6 +224,13 @@ def _findings_of_values(
     return findings
 
 
+def _number_in_other_scheme(role: str) -> int:
+    """The module (0-based) of `layers.1.norm.weight`, which in nextn's other schemes is one of several in one place."""
+    first, _, rest = role.partition(".")
+    number = rest.partition(".")[0]
+    return int(number) if first == "layers" and number.isdecimal() else 0
+
+
 def _read(stored: Stored, name: str) -> Tensor | None:
     """The tensor, None for packed integers, which mean nothing by themselves."""
     if stored.source.dtype(name) in _INTEGERS:
@@ -227,17 +242,21 @@ def _read(stored: Stored, name: str) -> Tensor | None:
 
 
 def _is_copy(stored: Stored, module: Mapping[str, str], layer: Mapping[str, str]) -> bool:
-    """Whether the smallest matrix that both have is the same, bit for bit, and not merely zeros."""
+    """Whether every matrix that both have is the same, bit for bit, and not merely zeros; the smallest first."""
     source = stored.source
     both = [
         role
         for role in module.keys() & layer.keys()
-        if len(source.shape(module[role])) == 2
+        if len(source.shape(module[role])) >= 2
         and source.shape(module[role]) == source.shape(layer[role])
         and source.dtype(module[role]) == source.dtype(layer[role])
     ]
-    if not both:
-        return False
-    role = min(both, key=lambda role: (source.shape(module[role])[0] * source.shape(module[role])[1], role))
-    matrix = source.read(module[role])
-    return bool(matrix.any()) and torch.equal(matrix, source.read(layer[role]))
+    has_values = False
+    for role in sorted(both, key=lambda role: (math.prod(source.shape(module[role])), role)):
+        matrix, original = _read(stored, module[role]), _read(stored, layer[role])
+        if matrix is None or original is None:
+            continue
+        if not torch.equal(matrix, original):
+            return False
+        has_values = has_values or bool(matrix.any())
+    return has_values

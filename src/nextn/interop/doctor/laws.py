@@ -10,16 +10,21 @@ from nextn.interop.doctor.finding import Finding, counted, some
 from nextn.mtp.layout import COPIES
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Role -> shape, of one module or one layer of the trunk."""
+"""Role or name -> shape, of one module, one layer of the trunk, or a model."""
 
 _FUSION_ROLES = ("enorm.weight", "hnorm.weight", "eh_proj.weight")
 _HEAD_NORM = "shared_head.norm.weight"
-_PACKED_TAILS = ("qweight", "weight_packed")
-_SCALE_TAILS = ("weight_scale_inv", "weight_scale", "input_scale", "scales", "qzeros", "g_idx", "weight_shape")
+PACKED_TAILS = ("qweight", "weight_packed")
+"""Last words of the names of matrices packed into integers."""
+
+SCALE_TAILS = ("weight_scale_inv", "weight_scale", "input_scale", "scales", "qzeros", "g_idx", "weight_shape")
+"""Last words of what a quantised matrix is read with."""
+
 _RESTORE = (
     "copy the MTP tensors from the checkpoint this one was made from (transformers' save_pretrained and many "
     "quantisers leave them out), or train new modules"
 )
+_NOT_COMPARED = "compare the block's tensors with those of the original checkpoint"
 _OTHER_TRUNK = "they are made for another trunk: take trunk and MTP modules from one checkpoint"
 
 
@@ -94,7 +99,7 @@ def completeness(
             wanted |= like
     missing = sorted(role for role in wanted if role not in stored)
     misshapen = sorted(
-        f"{role} is {_shape(stored[role])} and should be {_shape(shape)}"
+        f"{role} is {shape_text(stored[role])} and should be {shape_text(shape)}"
         for role, shape in wanted.items()
         if shape and stored.get(role) and stored[role] != shape
     )
@@ -105,12 +110,12 @@ def completeness(
     if misshapen:
         detail = f"module {module}: {some(misshapen)}"
         findings.append(Finding("problem", "MTP misshapen", detail, _OTHER_TRUNK))
-    if not findings:
+    if not findings and not alien:
         detail = f"module {module}: all of its {counted(len(found), 'tensor')} are there"
         findings.append(Finding("ok", "MTP complete", detail))
     if alien:
         detail = f"module {module} has {some(alien)}, as no trunk layer here: that part of the block was not compared"
-        findings.append(Finding("info", "block unlike the trunk", detail))
+        findings.append(Finding("warning", "block unlike the trunk", detail, _NOT_COMPARED))
     return findings
 
 
@@ -120,7 +125,7 @@ def scales(dtypes: Mapping[str, str]) -> list[Finding]:
         name
         for name, dtype in dtypes.items()
         if dtype.startswith("F8_")
-        and not name.endswith(_SCALE_TAILS)
+        and not name.endswith(SCALE_TAILS)
         and not {f"{name}_scale_inv", f"{name}_scale"} & dtypes.keys()
     ]
     if not lost:
@@ -159,6 +164,8 @@ def other_scheme(scheme: str, num_depths: int, wanted: Shapes, found: Shapes) ->
     says = f"nextn.mtp: scheme {scheme}, num_depths = {num_depths}"
     if not found and wanted:
         return [Finding("problem", "MTP lost", f"{says}, and no tensor of it is stored", _RESTORE)]
+    if not found:
+        return [Finding("ok", "no MTP", f"{says}, and none is stored")]
     missing = sorted(wanted.keys() - found.keys())
     misshapen = sorted(role for role in wanted.keys() & found.keys() if wanted[role] != found[role])
     if missing:
@@ -208,12 +215,17 @@ def _weights(shapes: Shapes) -> dict[str, tuple[int, ...] | None]:
     weights: dict[str, tuple[int, ...] | None] = {}
     for role, shape in shapes.items():
         stem, _, tail = role.rpartition(".")
-        if tail in _PACKED_TAILS:
+        if tail in PACKED_TAILS:
             weights[f"{stem}.weight"] = None
-        elif tail not in _SCALE_TAILS:
+        elif tail not in SCALE_TAILS:
             weights[role] = shape
     return weights
 
 
-def _shape(shape: tuple[int, ...] | None) -> str:
+def shape_text(shape: tuple[int, ...] | None) -> str:
+    """For messages.
+
+    >>> shape_text((4, 8))
+    '4 x 8'
+    """
     return " x ".join(map(str, shape or ()))

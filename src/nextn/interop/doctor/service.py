@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from nextn.config import ModelConfig, MTPConfig
+from nextn.data.tokenizers import load_tokenizer
+from nextn.errors import NextnError
 from nextn.interop import export
 from nextn.interop.canonical import canonical_config
 from nextn.interop.doctor.diagnosis import Diagnosis
 from nextn.interop.engines import ENGINES, launch_line, reasons_against
-from nextn.interop.gguf_layout import ARCHITECTURE
+from nextn.interop.gguf_layout import ARCHITECTURE, tokenizer_settings
 
 FORMATS = {engine: name for name, engine in export.FORMATS.items()}
 """What `nextn export --to` calls each engine's files."""
@@ -57,22 +61,47 @@ def _service(engine: str, diagnosis: Diagnosis) -> Service:
     if diagnosis.kind == "safetensors":
         return Service(engine, None, ("it reads a folder with config.json and weights; this is a file alone",))
     if diagnosis.settings is None:
-        known = f"nextn knows the engines' needs for DeepSeek-V3's layout, and this is {diagnosis.model_type}"
+        known = (
+            diagnosis.detail_of("settings unread")
+            or f"nextn knows the engines' needs for DeepSeek-V3's layout, and this is {diagnosis.model_type}"
+        )
         return Service(engine, None, (known,))
     if reasons := reasons_against(engine, *diagnosis.settings):
         return Service(engine, False, tuple(reasons))
+    if unread := diagnosis.detail_of("weights unread"):
+        return Service(engine, None, (f"nextn cannot export it: {unread}",))
     config, mtp_config = canonical_config(*diagnosis.settings)
     path, draft_length, first = diagnosis.path, min(mtp_config.num_depths, LONGEST_DRAFT), ""
     if engine == "llamacpp" or (config, mtp_config) != diagnosis.settings:
-        out = path.with_name(path.name + (".gguf" if engine == "llamacpp" else f"-{FORMATS[engine]}"))
-        first = f"nextn export {path} --to {FORMATS[engine]} --out {out}"
+        if reason := _reason_against_tokenizer(engine, path, config):
+            return Service(engine, False, (reason,))
+        place = path if path.name not in ("", "..") else path.resolve()
+        out = place.parent / (place.name + (".gguf" if engine == "llamacpp" else f"-{FORMATS[engine]}"))
+        first = shlex.join(["nextn", "export", str(path), "--to", FORMATS[engine], "--out", str(out)])
         path = out
     return Service(engine, True, (), first, launch_line(engine, path, config, mtp_config, draft_length))
+
+
+def _reason_against_tokenizer(engine: str, folder: Path, config: ModelConfig) -> str:
+    """Why `nextn export` would stop at the checkpoint's tokenizer; empty where it would not."""
+    if not (folder / "tokenizer.json").exists():
+        return "its files hold the tokenizer, and the checkpoint has no tokenizer.json" if engine == "llamacpp" else ""
+    try:
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.vocab_size > config.vocab_size:
+            return f"tokenizer.json has {tokenizer.vocab_size} tokens and the model knows {config.vocab_size}"
+        if engine == "llamacpp":
+            tokenizer_settings(tokenizer, config.vocab_size)
+    except NextnError as error:
+        return str(error)
+    return ""
 
 
 def _service_of_gguf(engine: str, diagnosis: Diagnosis) -> Service:
     if engine != "llamacpp":
         return Service(engine, False, ("it does not read GGUF files; export the checkpoint this one was made from",))
+    if diagnosis.detail_of("one shard"):
+        return Service(engine, None, ("this is one part of a split file; all parts must lie beside it",))
     if diagnosis.model_type != ARCHITECTURE:
         return Service(engine, None, (f"nextn knows {ARCHITECTURE} alone, and this is {diagnosis.model_type}",))
     if diagnosis.num_stored > 1:

@@ -26,7 +26,7 @@ from nextn.mtp.layout import RELEASED_SCHEME
 Kind = Literal["folder", "safetensors", "gguf"]
 
 _BEHIND_ALL = 1 << 30
-_SHARD = re.compile(r".+-\d+-of-\d+\.safetensors")
+_SHARD = re.compile(r".+-\d+-of-(\d+)\.(?:safetensors|gguf)")
 _TRUNK_LAYER = re.compile(r"(?:(?:model|language_model|backbone)\.)*layers\.(\d+)\.(.+)")
 _GGUF_LAYER = re.compile(r"blk\.(\d+)\.(nextn\.)?(.+)")
 _ONLY_IN_MODULES = re.compile(r"(?:model\.layers|blk)\.(\d+)\.(?:nextn\.)?(?:enorm|hnorm|eh_proj|shared_head)\b.*")
@@ -72,6 +72,7 @@ class Declaration:
         width: C; None where nothing says.
         context: longest context in tokens; None where nothing says.
         own: nextn's settings of MTP (`nextn.mtp`), where the checkpoint has them.
+        is_part: whether these are the settings of one file of several (a split GGUF).
     """
 
     model_type: str | None = None
@@ -82,6 +83,7 @@ class Declaration:
     width: int | None = None
     context: int | None = None
     own: Mapping[str, Any] | None = None
+    is_part: bool = False
 
     @property
     def is_released_layout(self) -> bool:
@@ -123,7 +125,8 @@ def locate(path: Path) -> tuple[Path, Kind]:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; name a checkpoint's folder, a .safetensors or a .gguf file")
     if path.is_file():
-        if path.name == INDEX_FILE or (path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).exists()):
+        is_whole = path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).exists()
+        if path.name == INDEX_FILE or is_whole or _is_listed(path):
             return path.parent, "folder"
         if path.suffix == ".gguf":
             return path, "gguf"
@@ -141,8 +144,23 @@ def locate(path: Path) -> tuple[Path, Kind]:
 
 
 def is_shard(path: Path) -> bool:
-    """Whether a file's name says that it is one of several."""
-    return _SHARD.fullmatch(path.name) is not None
+    """Whether a file's name says that it is one of several.
+
+    >>> is_shard(Path("a-00001-of-00002.gguf")), is_shard(Path("a-00001-of-00001.gguf"))
+    (True, False)
+    """
+    match = _SHARD.fullmatch(path.name)
+    return match is not None and int(match[1]) > 1
+
+
+def _is_listed(path: Path) -> bool:
+    """Whether the index beside a file names it, so that its folder is the checkpoint."""
+    try:
+        index = read_json(path.parent / INDEX_FILE)
+    except CheckpointError:
+        return False
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    return isinstance(places, dict) and path.name in places.values()
 
 
 def declared_in_folder(folder: Path) -> Declaration:
@@ -152,6 +170,9 @@ def declared_in_folder(folder: Path) -> Declaration:
     table = read_json(folder / CONFIG_FILE)
     if not isinstance(table, dict):
         raise CheckpointError(f"{folder / CONFIG_FILE} should be a table, found {type(table).__name__}")
+    model_type = table.get("model_type")
+    if model_type is not None and not isinstance(model_type, str):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: model_type should be a name, found {model_type!r}")
     settings, family = text_config(table), family_of(table)
     if family is not None:
         key = family.count_key
@@ -160,7 +181,7 @@ def declared_in_folder(folder: Path) -> Declaration:
     own = settings.get("nextn")
     mtp = own.get("mtp") if isinstance(own, dict) else None
     return Declaration(
-        model_type=table.get("model_type"),
+        model_type=model_type,
         family=family,
         count=None if key is None else _whole(settings, key, folder) or 0,
         count_key=f"{key} in {CONFIG_FILE}" if key else CONFIG_FILE,
@@ -172,8 +193,11 @@ def declared_in_folder(folder: Path) -> Declaration:
 
 
 def declared_in_gguf(metadata: Mapping[str, Any]) -> Declaration:
-    """From a GGUF file's settings; `block_count` counts the MTP blocks too."""
-    architecture = str(metadata.get("general.architecture"))
+    """From a GGUF file's settings; `block_count` counts the MTP blocks too. Of a split model only part 1 has any."""
+    architecture = metadata.get("general.architecture")
+    is_part = int(metadata.get("split.count") or 1) > 1
+    if architecture is None and is_part:
+        return Declaration(is_part=True)
 
     def number(key: str) -> int | None:
         value = metadata.get(f"{architecture}.{key}")
@@ -181,13 +205,14 @@ def declared_in_gguf(metadata: Mapping[str, Any]) -> Declaration:
 
     count, blocks = number("nextn_predict_layers") or 0, number("block_count")
     return Declaration(
-        model_type=architecture,
+        model_type=str(architecture),
         family=_DEEPSEEK if architecture == ARCHITECTURE else None,
         count=count,
         count_key=f"{architecture}.nextn_predict_layers",
         num_layers=None if blocks is None else blocks - count,
         width=number("embedding_length"),
         context=number("context_length"),
+        is_part=is_part,
     )
 
 
@@ -248,8 +273,13 @@ def _place_of_other_scheme(name: str) -> Place | None:
 
 def _first_module(names: Iterable[str], num_layers: int | None) -> int:
     """The first layer that is an MTP module: behind the trunk as declared, or with tensors that only modules have."""
-    marked = [int(match[1]) for match in map(_ONLY_IN_MODULES.fullmatch, names) if match]
-    return min([*marked, _BEHIND_ALL if num_layers is None else num_layers])
+    places = (first_marked(names), num_layers)
+    return min((place for place in places if place is not None), default=_BEHIND_ALL)
+
+
+def first_marked(names: Iterable[str]) -> int | None:
+    """The first layer (0-based) with tensors that only MTP modules have; None where there is none."""
+    return min((int(match[1]) for match in map(_ONLY_IN_MODULES.fullmatch, names) if match), default=None)
 
 
 def _whole(settings: Mapping[str, Any], key: str, folder: Path) -> int | None:

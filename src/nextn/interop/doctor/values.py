@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nextn.interop.doctor.finding import Finding, Severity, some
+from nextn.interop.doctor.laws import SCALE_TAILS
 from nextn.mtp.layout import LARGEST_PLAUSIBLE
 
 TINY = 1e-30
@@ -155,40 +156,36 @@ def zeroed(statistics: Statistics, norms_are_zero_centred: bool = False) -> list
 
 
 def constant(statistics: Statistics) -> list[Finding]:
-    """Matrices of one value other than zero."""
-    names = [n for n, found in statistics.items() if len(found.shape) > 1 and found.is_constant and not found.is_zero]
+    """Matrices of one value other than zero. The factors of a quantised matrix may well be equal."""
+    matrices = {n: found for n, found in statistics.items() if len(found.shape) > 1 and not n.endswith(SCALE_TAILS)}
+    names = [name for name, found in matrices.items() if found.is_constant and not found.is_zero]
     return _group(names, statistics, "problem", "MTP constant", "one value everywhere in {names}", _RETRAIN)
 
 
 def norms(statistics: Statistics, norms_are_zero_centred: bool = False) -> list[Finding]:
-    """Norms of a size that training does not give; and a module whose norms are all as initialised.
-
-    Norms that are not finite, uninitialised or zeros have their own findings.
-    """
+    """Norms of a size that training does not give. Those not finite, uninitialised or zeros have their own findings."""
+    if norms_are_zero_centred:
+        return []
     smallest, largest = PLAUSIBLE_NORM
     found = {name: one for name, one in statistics.items() if is_norm(name, one.shape)}
-    findings = []
-    if not norms_are_zero_centred:
-        odd = [n for n, one in found.items() if 0 < one.rms < smallest or largest < one.rms <= LARGEST_PLAUSIBLE]
-        findings += _group(
-            odd,
-            found,
-            "warning",
-            "norms odd",
-            f"root mean square outside {smallest:g}..{largest:g} in {{names}}",
-            "compare them with the original checkpoint",
-        )
+    odd = [n for n, one in found.items() if 0 < one.rms < smallest or largest < one.rms <= LARGEST_PLAUSIBLE]
+    detail = f"root mean square outside {smallest:g}..{largest:g} in {{names}}"
+    return _group(odd, found, "warning", "norms odd", detail, "compare them with the original checkpoint")
+
+
+def norms_as_initialised(modules: Mapping[int, Statistics], norms_are_zero_centred: bool = False) -> list[Finding]:
+    """Modules (by number) none of whose norms has moved from where training begins."""
     fresh = 0.0 if norms_are_zero_centred else 1.0
-    if found and all(one.smallest == one.largest == fresh for one in found.values()):
-        findings.append(
-            Finding(
-                "warning",
-                "norms as initialised",
-                f"every norm of the module is exactly {fresh:g} everywhere: was it ever trained?",
-                "`nextn doctor --measure` shows whether it predicts anything",
-            )
-        )
-    return findings
+    untouched = []
+    for module, statistics in modules.items():
+        found = [one for name, one in statistics.items() if is_norm(name, one.shape)]
+        if found and all(one.smallest == one.largest == fresh for one in found):
+            untouched.append(f"module {module}")
+    if not untouched:
+        return []
+    detail = f"every norm of {some(untouched)} is exactly {fresh:g} everywhere: was it ever trained?"
+    fix = "`nextn doctor --measure` shows whether it predicts anything"
+    return [Finding("warning", "norms as initialised", detail, fix)]
 
 
 def fusion_halves(
