@@ -335,7 +335,7 @@ def test_a_data_set_is_streamed_and_reading_stops_at_max_bytes(monkeypatch):
 
 def test_a_data_set_without_the_library_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"pip install 'nextn\[datasets\]'"):
+    with pytest.raises(DataError, match=r"pip install datasets"):
         load("hf:someone/texts")
 
 
