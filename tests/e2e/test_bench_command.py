@@ -105,6 +105,10 @@ BAD_INPUTS = {
     "no prompt in a line": (["--prompts", "keyless.jsonl"], "keyless.jsonl, line 1 has no text under 'prompt'"),
     "empty prompt": (["--prompts", "empty.jsonl"], "empty.jsonl, line 2: the prompt is empty"),
     "prompt too long": (["--prompts", "long.jsonl", "-n", "9"], "exceeds the context of 64"),
+    "held-out prompts counted in a file": (
+        ["--prompts", "long.jsonl", "--num-prompts", "1"],
+        "--num-prompts is about held-out prompts",
+    ),
     "not UTF-8": (["--prompts", "latin.jsonl"], "latin.jsonl is not UTF-8"),
     "no list of lengths": (["--draft-lengths", "1,two"], "separated by commas, such as 0,1,2,3; got '1,two'"),
     "negative length": (["--draft-lengths", "-1"], "draft_length must be 0"),
@@ -158,3 +162,14 @@ def test_an_output_that_differs_from_plain_decoding_is_counted(monkeypatch: pyte
     assert time_decodings(model, PROMPTS, (0, 2), **settings).arm("greedy", 2).num_identical_outputs == 2
     monkeypatch.setattr("nextn.report.measurement.generate", lossy)
     assert time_decodings(model, PROMPTS, (0, 2), **settings).arm("greedy", 2).num_identical_outputs == 1
+
+
+def test_a_checkpoint_without_a_recipe_is_evaluated_on_a_text_that_is_named(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "text").mkdir()
+    (folder / "text" / "a.txt").write_text("the cat sat on the mat. " * 400)
+    with pytest.raises(NextnError, match="name a text with --corpus"):
+        raise invoke("evaluate", "bare").exception
+    done = invoke("evaluate", "bare", "--corpus", "text", "--num-rows", "2", "--num-prompts", "0")
+    assert done.exit_code == 0, done.output
+    assert "teacher-forced" in done.stdout

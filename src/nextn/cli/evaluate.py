@@ -84,7 +84,7 @@ def evaluate(
     model = nextn.load(folder, device=device, dtype=dtype)
     if model.tokenizer is None:
         raise DataError(f"{folder} has no tokenizer, so text cannot be read with it")
-    recipe = _recipe(folder, corpus)
+    recipe = _recipe(folder, corpus, model.trunk.max_position_embeddings)
     changes = {"draft_length": draft_length, "num_rows": num_rows, "num_prompts": num_prompts}
     settings = replace(recipe.evaluation, **{key: value for key, value in changes.items() if value is not None})
     if corpus is None and is_path(recipe.data.corpus) and not Path(recipe.data.corpus).expanduser().exists():
@@ -121,8 +121,11 @@ def evaluate(
         write_json(json, {"evaluation": table, "settings": to_table(settings), "provenance": provenance})
 
 
-def _recipe(folder: Path, corpus: str | None) -> Recipe:
-    """What the checkpoint was trained with; for one that does not say, default settings for a corpus that is named."""
+def _recipe(folder: Path, corpus: str | None, context: int) -> Recipe:
+    """What the checkpoint was trained with; where it does not say, and a corpus is named, default settings.
+
+    Rows then have at most `context` tokens. Raises DataError where no corpus is named either.
+    """
     if (folder / "recipe.json").exists():
         return read_recipe(folder / "recipe.json")
     if corpus is None:
@@ -130,7 +133,8 @@ def _recipe(folder: Path, corpus: str | None) -> Recipe:
             f"{folder} does not say what it was trained on (it has no recipe.json), so there is no held-out text; "
             "name a text with --corpus, or tasks with --tasks"
         )
-    return Recipe()
+    usual = Recipe()
+    return replace(usual, data=replace(usual.data, sequence_length=min(usual.data.sequence_length, context)))
 
 
 def _evaluate_tasks(
