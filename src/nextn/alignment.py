@@ -24,6 +24,7 @@ While decoding, a row of n known tokens has trunk states for positions 0..n-1 at
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -162,7 +163,15 @@ def count_labels(
     return torch.stack(counts)
 
 
-def num_final_positions(num_tokens: int, depth: int) -> int:
+@overload
+def num_final_positions(num_tokens: int, depth: int) -> int: ...
+
+
+@overload
+def num_final_positions(num_tokens: Tensor, depth: int) -> Tensor: ...
+
+
+def num_final_positions(num_tokens: int | Tensor, depth: int) -> int | Tensor:
     """Positions of depth k whose embedded token t[i+k] is among the first `num_tokens` tokens: max(num_tokens - k, 0).
 
     A depth's cache keeps exactly these positions after verification: with tokens t[0..n-1] final, depth k's states at
@@ -171,7 +180,7 @@ def num_final_positions(num_tokens: int, depth: int) -> int:
     >>> [num_final_positions(5, depth) for depth in (0, 1, 2)]
     [5, 4, 3]
     """
-    return max(num_tokens - depth, 0)
+    return (num_tokens - depth).clamp(min=0) if isinstance(num_tokens, Tensor) else max(num_tokens - depth, 0)
 
 
 def embedded_positions(positions: Tensor, depth: int) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nextn.decoding import generate, plain_reference
-from nextn.decoding.draft import Drafter
+from nextn.decoding.draft import BatchTokens, MTPDrafter
 from nextn.decoding.engine_drafts import SingleCacheDrafter
 from nextn.decoding.sampling import SamplingConfig, transform
 from nextn.model import Trunk
@@ -45,7 +45,7 @@ def drafts_from_scratch(model: MTPModel, known: list[int], num_draft_tokens: int
 
 @torch.inference_mode()
 def largest_difference(
-    new_drafter: Callable[[Trunk, Scheme, int, int, int], Drafter | SingleCacheDrafter],
+    new_drafter: Callable[[Trunk, Scheme, int, int, int], MTPDrafter | SingleCacheDrafter],
     model: MTPModel,
     num_rows: int,
     draft_length: int,
@@ -72,7 +72,8 @@ def largest_difference(
         drafter.observe(hidden, model.trunk.final_norm(hidden), positions)
         num_draft_tokens = draw(1, draft_length)
         uniforms = torch.rand(num_rows, num_draft_tokens, generator=generator, dtype=torch.float64)
-        probs = drafter.draft(token_ids, [len(tokens) for tokens in known], num_draft_tokens, SAMPLING, uniforms)
+        batch = BatchTokens(token_ids, [len(tokens) for tokens in known])
+        probs = drafter.draft(batch, num_draft_tokens, SAMPLING, uniforms).probs
         num_final = []
         for row, tokens in enumerate(known):
             drafts = token_ids[row, len(tokens) : len(tokens) + num_draft_tokens].tolist()
@@ -85,14 +86,14 @@ def largest_difference(
     return largest
 
 
-class NeverRollsBack(Drafter):
+class NeverRollsBack(MTPDrafter):
     """Broken: keeps what was read from rejected drafts."""
 
     def roll_back(self, num_final: Sequence[int]) -> None:
         pass
 
 
-class RollsBackOneTooFew(Drafter):
+class RollsBackOneTooFew(MTPDrafter):
     """Broken: takes the positions of depth k to be those of depth k-1."""
 
     def roll_back(self, num_final: Sequence[int]) -> None:
@@ -111,17 +112,17 @@ def test_cached_drafts_equal_the_chain_from_scratch_for_rows_of_unequal_length(
     seed: int, num_rows: int, draft_length: int, share_weights: bool, carry: str
 ):
     model = random_model(seed, share_weights=share_weights, carry=carry)
-    assert largest_difference(Drafter, model, num_rows, draft_length, seed) < 1e-4
+    assert largest_difference(MTPDrafter, model, num_rows, draft_length, seed) < 1e-4
 
 
 @pytest.mark.parametrize("broken", [NeverRollsBack, RollsBackOneTooFew])
-def test_a_stale_draft_cache_is_caught(broken: type[Drafter]):
+def test_a_stale_draft_cache_is_caught(broken: type[MTPDrafter]):
     differences = [largest_difference(broken, random_model(seed), 1, 3, seed) for seed in range(5)]
     assert max(differences) > 1e-2
 
 
 def test_nothing_is_read_twice_that_need_not_be(monkeypatch: pytest.MonkeyPatch):
-    """After a cycle that emitted m tokens, depth k reads max(m, k) positions: the new ones, and those it must redo."""
+    """After a cycle that emitted m tokens, all depths read max(m, N) positions: the new ones, and those depth N redoes."""
     model = memorising_model(30)
     lengths: list[tuple[int, int]] = []
     step = type(model.scheme).step
@@ -133,15 +134,16 @@ def test_nothing_is_read_twice_that_need_not_be(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(type(model.scheme), "step", recorded)
     prompt = TEXT[0, :5].tolist()
     result = generate(model, [prompt], max_new_tokens=25, draft_length=3)
-    first_cycle, later = lengths[:3], lengths[3:]
-    assert first_cycle == [(1, 5), (2, 5), (3, 5)]
+    prompt_read, first_cycle, later = lengths[:3], lengths[3:6], lengths[6:]
+    assert prompt_read == [(1, 4), (2, 3), (3, 2)], "positions 0..4-k read tokens of the prompt alone"
+    assert first_cycle == [(1, 3), (2, 3), (3, 3)], "one window for all depths"
     ends = [place for place, origin in enumerate(result.origins[0]) if origin == 0]  # each cycle's own last token
     emitted = [end - start for start, end in pairwise(ends)]
     cycles = [place for place, (depth, _) in enumerate(later) if depth == 1]
     assert len(cycles) >= 5
     for count, start, end in zip(emitted, cycles, [*cycles[1:], len(later)], strict=False):
         read = later[start:end]  # the last cycles draft fewer than three tokens
-        assert read == [(depth, max(count, depth)) for depth in range(1, len(read) + 1)]
+        assert read == [(depth, max(count, len(read))) for depth in range(1, len(read) + 1)]
 
 
 def test_a_trunk_cache_that_keeps_stale_slots_changes_the_text(monkeypatch: pytest.MonkeyPatch):

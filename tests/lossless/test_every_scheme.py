@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nextn.decoding import generate, plain_reference
-from nextn.decoding.draft import Drafter
+from nextn.decoding.draft import MTPDrafter
 from nextn.errors import GenerationError
 from nextn.model.cache import LayerCache
 from nextn.mtp import SCHEMES, MTPModel
@@ -93,7 +93,7 @@ def test_a_trunk_cache_with_stale_slots_is_caught(monkeypatch: pytest.MonkeyPatc
 # -------------------------------------------------------------------------------------------------------------- drafts
 
 
-def draft_error(variant: str, seed: int, drafter_class: type[Drafter] = Drafter, num_rows: int = 2) -> float:
+def draft_error(variant: str, seed: int, drafter_class: type[MTPDrafter] = MTPDrafter, num_rows: int = 2) -> float:
     model = random_model(seed, num_depths=NUM_DEPTHS, **VARIANTS[variant])
     return largest_difference(drafter_class, model, num_rows, NUM_DEPTHS, seed)
 
@@ -106,18 +106,18 @@ def test_cached_drafts_equal_those_computed_from_scratch(seed: int, variant: str
 
 @pytest.mark.parametrize("broken", [NeverRollsBack, RollsBackOneTooFew])
 @pytest.mark.parametrize("variant", READS_DRAFTS)
-def test_what_was_read_from_rejected_drafts_is_caught_in_a_cache(variant: str, broken: type[Drafter]):
+def test_what_was_read_from_rejected_drafts_is_caught_in_a_cache(variant: str, broken: type[MTPDrafter]):
     assert max(draft_error(variant, seed, broken, num_rows=1) for seed in range(5)) > 1e-2
 
 
-class ObservesLate(Drafter):
+class ObservesLate(MTPDrafter):
     """Broken: keeps the trunk's state of each position one place further on."""
 
-    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor) -> None:
-        super().observe(hidden[:, :-1], normed[:, :-1], positions[:, 1:])
+    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor, first_place: int = 0) -> None:
+        super().observe(hidden[:, :-1], normed[:, :-1], positions[:, 1:], first_place)
 
 
-class ShiftsItsCache(Drafter):
+class ShiftsItsCache(MTPDrafter):
     """Broken: after a rollback every slot holds the position before."""
 
     def roll_back(self, num_final: Sequence[int]) -> None:

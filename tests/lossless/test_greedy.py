@@ -60,7 +60,7 @@ def test_greedy_speculative_decoding_equals_plain_greedy_on_random_models(
 def accept_everything(draft_ids, draft_probs, target_probs, num_drafted, uniforms=None) -> Verification:
     """Broken: keeps every draft, right or wrong."""
     rows = torch.arange(draft_ids.shape[0])
-    return Verification(num_drafted, target_probs[rows, num_drafted].argmax(-1))
+    return Verification(num_drafted, target_probs[rows, num_drafted].argmax(-1), torch.zeros_like(num_drafted))
 
 
 def compare_one_place_late(draft_ids, draft_probs, target_probs, num_drafted, uniforms=None) -> Verification:
@@ -174,7 +174,7 @@ def test_generate_leaves_the_model_in_the_mode_it_was_in():
         ({"temperature": -1.0}, "temperature must be"),
         ({"temperature": 1.0, "verifier": "exact"}, "'exact' is greedy, but temperature = 1.0"),
         ({"verifier": "rejection"}, "'rejection' samples, but temperature = 0"),
-        ({"verifier": "typical"}, "unknown verifier 'typical'; there are: auto, exact, rejection"),
+        ({"verifier": "greedy"}, "unknown verifier 'greedy'; there are: auto, exact, rejection, threshold, typical"),
     ],
 )
 def test_a_request_that_cannot_be_served_says_why(arguments: dict, message: str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from nextn.decoding import generate
 from nextn.decoding.sampling import SamplingConfig, choose, transform
-from nextn.decoding.verify import Verification, Verifier, rejection
+from nextn.decoding.verify import Threshold, Typical, Verification, Verifier, rejection
 from nextn.mtp import MTPModel
 
 from .conftest import TEXT, memorising_model
@@ -78,9 +79,9 @@ def speculative_law(verifier: Verifier) -> dict[tuple[int, int, int], Fraction]:
 
 def without_residual(draft_ids, draft_probs, target_probs, num_drafted, uniforms) -> Verification:
     """Broken in the classic way: after a rejection, samples from the target instead of the residual."""
-    accepted = rejection(draft_ids, draft_probs, target_probs, num_drafted, uniforms).num_accepted
+    verified = rejection(draft_ids, draft_probs, target_probs, num_drafted, uniforms)
     rows = torch.arange(draft_ids.shape[0])
-    return Verification(accepted, choose(target_probs[rows, accepted], uniforms[:, -1]))
+    return replace(verified, next_ids=choose(target_probs[rows, verified.num_accepted], uniforms[:, -1]))
 
 
 def accept_by_target_alone(draft_ids, draft_probs, target_probs, num_drafted, uniforms) -> Verification:
@@ -98,8 +99,12 @@ def test_speculative_sampling_has_exactly_the_law_of_plain_sampling():
     assert speculative_law(rejection) == plain_law()
 
 
-@pytest.mark.parametrize("broken", [without_residual, accept_by_target_alone])
-def test_a_broken_verifier_does_not_have_the_law_of_plain_sampling(broken: Verifier):
+@pytest.mark.parametrize(
+    "broken",
+    [without_residual, accept_by_target_alone, Threshold(), Typical()],
+    ids=["without_residual", "accept_by_target_alone", "threshold", "typical"],
+)
+def test_a_broken_or_lossy_verifier_does_not_have_the_law_of_plain_sampling(broken: Verifier):
     law = speculative_law(broken)
     assert sum(law.values()) == 1
     assert law != plain_law()
@@ -209,7 +214,7 @@ def test_the_drafts_distributions_are_cut_down_like_the_targets(half_trained: MT
 
     def spy(draft_ids, draft_probs, target_probs, num_drafted, uniforms) -> Verification:
         verified = rejection(draft_ids, draft_probs, target_probs, num_drafted, uniforms)
-        calls.append((draft_ids[0].tolist(), draft_probs[0].clone(), verified.num_accepted.item()))
+        calls.append((draft_ids[0].tolist(), () if draft_probs is None else draft_probs[0].clone(), verified.num_accepted.item()))
         return verified
 
     result = generate(

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from nextn.config import MTPConfig
 from nextn.decoding import engine_drafts, generate
-from nextn.decoding.draft import Drafter
+from nextn.decoding.draft import BatchTokens, Drafts, MTPDrafter
 from nextn.decoding.engine_drafts import (
     DRAFTING,
     SINGLE_CACHE,
     SingleCacheConvention,
     SingleCacheDrafter,
-    new_drafter,
 )
 from nextn.decoding.sampling import SamplingConfig, transform
 from nextn.errors import GenerationError
@@ -113,10 +112,10 @@ def test_cached_drafts_equal_those_of_the_engines_rules_from_scratch(
 class KeepsItsDrafts(SingleCacheDrafter):
     """Broken: takes what accepted drafts left in the cache for what true states and tokens would leave."""
 
-    def draft(self, token_ids, num_known, num_draft_tokens, sampling, uniforms) -> Tensor:
-        probs = super().draft(token_ids, num_known, num_draft_tokens, sampling, uniforms)
+    def draft(self, tokens, num_draft_tokens, sampling, uniforms) -> Drafts:
+        drafts = super().draft(tokens, num_draft_tokens, sampling, uniforms)
         self._num_read = [end + num_draft_tokens - 1 for end in self._num_read]
-        return probs
+        return drafts
 
     def roll_back(self, num_final: Sequence[int]) -> None:
         self._num_read = [min(read, final - 1) for read, final in zip(self._num_read, num_final, strict=True)]
@@ -144,24 +143,25 @@ def test_the_wrong_beginning_of_a_row_is_caught(engine: str):
 
 
 @torch.inference_mode()
-def first_drafts(drafter: Drafter | SingleCacheDrafter, model: MTPModel, num_draft_tokens: int) -> Tensor:
+def first_drafts(drafter: MTPDrafter | SingleCacheDrafter, model: MTPModel, num_draft_tokens: int) -> Tensor:
     """Distributions after the tokens 3, 1, 4, 1, 5; the drafts are the most likely ones."""
     token_ids = torch.zeros(1, CAPACITY, dtype=torch.int64)
     token_ids[0, :5] = torch.tensor([3, 1, 4, 1, 5])
     hidden = model.trunk.hidden_states(token_ids[:, :4])
     drafter.observe(hidden, model.trunk.final_norm(hidden), torch.arange(4)[None])
     sampling = SamplingConfig(temperature=1.0)
-    return drafter.draft(token_ids, [5], num_draft_tokens, sampling, torch.zeros(1, num_draft_tokens).double())
+    uniforms = torch.zeros(1, num_draft_tokens).double()
+    return drafter.draft(BatchTokens(token_ids, [5]), num_draft_tokens, sampling, uniforms).probs
 
 
 def test_the_first_draft_is_as_trained_but_for_the_beginning_of_the_row():
     model = model_with_random_norms(0, share_weights=True)
     arguments = (model.trunk, model.scheme, 1, CAPACITY)
-    trained = first_drafts(Drafter(*arguments, 1), model, 1)
+    trained = first_drafts(MTPDrafter(*arguments, 1), model, 1)
     unchanged = SingleCacheConvention(first_position=0, zeroes_first_embedding=False)
     assert torch.allclose(first_drafts(SingleCacheDrafter(*arguments, unchanged), model, 1), trained, atol=1e-5)
     for engine in ENGINES:
-        assert not torch.allclose(first_drafts(new_drafter(*arguments, 1, engine), model, 1), trained, atol=1e-3)
+        assert not torch.allclose(first_drafts(SingleCacheDrafter(*arguments, SINGLE_CACHE[engine]), model, 1), trained, atol=1e-3)
 
 
 def test_transformers_drafts_as_trained_as_many_tokens_as_there_are_modules():

@@ -8,15 +8,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.exc import Unsupported
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from nextn.decoding.sampling import SamplingConfig, choose, draw_uniforms, row_generators, transform
+from nextn.decoding.sampling import (
+    SamplingConfig,
+    choose,
+    draw_uniforms,
+    penalise,
+    row_generators,
+    seen_after,
+    transform,
+)
 from nextn.errors import GenerationError
 
 LOGITS = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) * 3
@@ -91,12 +101,131 @@ def test_temperature_zero_is_one_hot_and_the_limit_of_small_temperatures():
         {"min_p": -0.1},
         {"min_p": 1.1},
         {"seed": -1},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": -1.5},
+        {"repetition_penalty": math.nan},
+        {"repetition_penalty": math.inf},
     ],
 )
 def test_a_setting_out_of_range_is_named_with_its_value(settings: dict[str, float]):
     ((name, value),) = settings.items()
     with pytest.raises(GenerationError, match=f"{name} must .*{value}"):
         SamplingConfig(**settings)
+
+
+SEEN_IDS = torch.randint(0, 40, (6, 9), generator=torch.Generator().manual_seed(1))
+SEEN = torch.zeros(6, 40, dtype=torch.bool).scatter(1, SEEN_IDS, True)
+
+
+def dividing_always(logits: torch.Tensor, seen: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
+    """Broken: divides whatever the sign, as the paper writes it."""
+    return torch.where(seen, logits / config.repetition_penalty, logits)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_the_penalty_equals_that_of_transformers(penalty: float):
+    config = SamplingConfig(repetition_penalty=penalty)
+    theirs = RepetitionPenaltyLogitsProcessor(penalty)(SEEN_IDS, LOGITS.clone())
+    torch.testing.assert_close(penalise(LOGITS, SEEN, config), theirs)
+    assert not torch.allclose(dividing_always(LOGITS, SEEN, config), theirs)
+
+
+@given(
+    logits=st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=12),
+    penalty=st.floats(0.125, 8, width=32),
+    bits=st.integers(0, 4095),
+)
+def test_a_penalty_above_one_never_favours_a_seen_token_and_leaves_the_others(logits, penalty, bits):
+    row = torch.tensor(logits)
+    seen = torch.tensor([bool(bits >> place & 1) for place in range(len(logits))])
+    penalised = penalise(row, seen, SamplingConfig(repetition_penalty=penalty))
+    assert torch.equal(penalised[~seen], row[~seen])
+    change = (penalised - row)[seen] * (1 if penalty <= 1 else -1)
+    assert (change >= 0).all()
+
+
+def test_the_penalty_falls_before_temperature_and_filters():
+    config = SamplingConfig(temperature=0.7, top_k=5, repetition_penalty=1.5)
+    theirs = LogitsProcessorList(
+        [RepetitionPenaltyLogitsProcessor(1.5), TemperatureLogitsWarper(0.7), TopKLogitsWarper(5)]
+    )(SEEN_IDS, LOGITS.clone())
+    torch.testing.assert_close(transform(LOGITS, config, SEEN), theirs.softmax(-1), rtol=1e-5, atol=1e-7)
+    filtered_first = penalise(
+        LOGITS.masked_fill(transform(LOGITS, SamplingConfig(0.7, 5)) == 0, -math.inf), SEEN, config
+    )
+    assert not torch.allclose((filtered_first / 0.7).softmax(-1), theirs.softmax(-1), atol=1e-3)
+
+
+def test_greedy_takes_the_most_likely_token_after_the_penalty():
+    logits, seen = torch.tensor([2.0, 1.5, -1.0]), torch.tensor([True, False, False])
+    assert transform(logits, SamplingConfig(repetition_penalty=2.0), seen).tolist() == [0.0, 1.0, 0.0]
+    assert transform(logits, SamplingConfig(), seen).tolist() == [1.0, 0.0, 0.0]
+
+
+def test_without_a_penalty_logits_stay_what_they_are_and_seen_may_be_missing():
+    logits = LOGITS.bfloat16()
+    assert penalise(logits, SEEN, SamplingConfig()) is logits
+    config = SamplingConfig(temperature=0.8, top_p=0.9)
+    assert torch.equal(transform(LOGITS, config), transform(LOGITS, config, SEEN))
+    with pytest.raises(ValueError, match=r"repetition_penalty = 1\.2 needs seen"):
+        transform(LOGITS, SamplingConfig(repetition_penalty=1.2))
+
+
+def seen_one_place_early(seen: torch.Tensor, draft_ids: torch.Tensor) -> torch.Tensor:
+    """Broken: draft j counts at its own place already."""
+    return seen_after(seen, torch.cat((draft_ids, draft_ids[:, -1:]), dim=1))[:, 1:]
+
+
+@given(seed=st.integers(0, 10_000), draft_length=st.integers(0, 4))
+def test_what_is_seen_at_a_place_is_the_text_and_the_drafts_before_it(seed: int, draft_length: int):
+    generator = torch.Generator().manual_seed(seed)
+    seen = torch.rand(3, 9, generator=generator) < 0.2
+    draft_ids = torch.randint(0, 9, (3, draft_length), generator=generator)
+    result = seen_after(seen, draft_ids)
+    assert (result.shape, result.dtype) == ((3, draft_length + 1, 9), torch.bool)
+    for row in range(3):
+        known = set(seen[row].nonzero().flatten().tolist())
+        for place in range(draft_length + 1):
+            expected = known | set(draft_ids[row, :place].tolist())
+            assert set(result[row, place].nonzero().flatten().tolist()) == expected
+
+
+def test_a_draft_that_counts_at_its_own_place_is_noticed():
+    seen, draft_ids = torch.zeros(1, 4, dtype=torch.bool), torch.tensor([[0, 2]])
+    assert not torch.equal(seen_one_place_early(seen, draft_ids), seen_after(seen, draft_ids))
+
+
+def test_the_penalty_of_a_verified_draft_is_that_of_decoding_one_token_at_a_time():
+    logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(3))
+    config, draft_ids = SamplingConfig(temperature=1.0, repetition_penalty=1.4), torch.tensor([[1, 5, 1], [0, 8, 2]])
+    seen = torch.zeros(2, 9, dtype=torch.bool).scatter(1, torch.tensor([[3, 4], [3, 0]]), True)
+    together = transform(logits, config, seen_after(seen, draft_ids))
+    for place in range(4):
+        torch.testing.assert_close(together[:, place], transform(logits[:, place], config, seen))
+        if place < 3:
+            seen = seen.scatter(1, draft_ids[:, place : place + 1], True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [SamplingConfig(), SamplingConfig(0.9, 12, 0.9, 0.05), SamplingConfig(0.9, repetition_penalty=1.2)],
+    ids=["greedy", "filters", "penalty"],
+)
+def test_transform_compiles_into_one_graph(config: SamplingConfig):
+    def last_place(logits: torch.Tensor, seen: torch.Tensor, draft_ids: torch.Tensor) -> torch.Tensor:
+        return choose(transform(logits, config, seen_after(seen, draft_ids)[:, -1]), None)
+
+    arguments = (LOGITS, SEEN, SEEN_IDS[:, :2])
+    compiled = torch.compile(last_place, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*arguments), last_place(*arguments))
+
+
+def test_a_branch_on_the_data_does_not_compile_into_one_graph():
+    def broken(logits: torch.Tensor) -> torch.Tensor:
+        return logits if logits.max() > 0 else -logits
+
+    with pytest.raises(Unsupported):
+        torch.compile(broken, backend="eager", fullgraph=True)(LOGITS)
 
 
 def share_of_uniforms(probs: torch.Tensor, cells: int) -> list[float]:

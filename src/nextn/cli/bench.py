@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json as json_format
 import statistics
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,25 +15,14 @@ from nextn.checkpoint import write_json
 from nextn.cli.output import figures_table, interruptible, messages, status
 from nextn.decoding.engine_drafts import AS_TRAINED, DRAFTING
 from nextn.decoding.request import resolve_draft_length
-from nextn.errors import CheckpointError, DataError, GenerationError
+from nextn.errors import GenerationError
 from nextn.mtp import MTPModel, find_checkpoint
 from nextn.report.html import plural
-from nextn.report.measurement import TimedDecodings, held_out_prompts, mean_repeated_share, time_decodings
+from nextn.report.measurement import TimedDecodings, mean_repeated_share, time_decodings
+from nextn.report.prompts import HELD_OUT, PromptSet, check_prompt_set, prompt_set
 from nextn.report.provenance import collect
 from nextn.report.schema import DecodingArm
 from nextn.tables import to_table
-from nextn.training import prepare_held_out, read_recipe
-
-USUAL_NEW_TOKENS = 128
-
-
-@dataclass(frozen=True)
-class PromptSet:
-    """What is decoded: texts or token ids, how far, and where they come from (for the provenance)."""
-
-    prompts: tuple[str | list[int], ...]
-    max_new_tokens: int
-    source: dict[str, Any]
 
 
 def bench(
@@ -91,12 +77,13 @@ def bench(
     if prompts is not None and num_prompts is not None:
         raise GenerationError("--num-prompts is about held-out prompts; with --prompts all of the file's are decoded")
     folder = find_checkpoint(path)
-    given = None if prompts is None else _read_prompts(prompts, max_new_tokens or USUAL_NEW_TOKENS)
+    name = HELD_OUT if prompts is None else str(prompts)
+    check_prompt_set(name)
     model = nextn.load(folder, device=device, dtype=dtype)
     lengths = _draft_lengths(model, draft_lengths, as_)
     console = messages()
-    if given is None:
-        given = _held_out(folder, model, num_prompts, max_new_tokens, console)
+    with status(console) as say:
+        given = prompt_set(name, model, folder, num_prompts, max_new_tokens, say=say)
     with (
         interruptible(console, "nothing was written"),
         Progress(console=console, disable=not console.is_terminal) as bar,
@@ -114,10 +101,10 @@ def bench(
             drafting=as_,
             progress=lambda: bar.advance(task),
         )
-    name = "greedy" if temperature == 0 else "sampled"
-    arms = [timed.arm(name, length) for length in lengths if length]
+    arm_name = "greedy" if temperature == 0 else "sampled"
+    arms = [timed.arm(arm_name, length) for length in lengths if length]
     title = (
-        f"{name}, {plural(len(given.prompts), 'prompt')}, {given.max_new_tokens} tokens each, "
+        f"{arm_name}, {plural(len(given.prompts), 'prompt')}, {given.max_new_tokens} tokens each, "
         f"{plural(repeats, 'repeat')}, {dtype}" + ("" if as_ == AS_TRAINED else f", drafted as {as_} does")
     )
     _print_table(Console(), title, timed, arms)
@@ -139,56 +126,6 @@ def _draft_lengths(model: MTPModel, wanted: str | None, drafting: str) -> list[i
             f"--draft-lengths takes whole numbers separated by commas, such as 0,1,2,3; got {wanted!r}"
         ) from None
     return sorted({0} | {resolve_draft_length(model, length, drafting) for length in lengths})
-
-
-def _read_prompts(path: Path, max_new_tokens: int) -> PromptSet:
-    """Prompts of a JSON-lines file; blank lines are skipped. Raises DataError naming the line that is not one."""
-    try:
-        content = path.read_bytes()
-        lines = content.decode("utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; --prompts names a JSON-lines file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte 0x{error.object[error.start]:02x} at {error.start})") from None
-    wanted = 'each line is an object such as {"prompt": "def main("}'
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json_format.loads(line)
-        except json_format.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number} is not JSON ({error.msg}); {wanted}") from None
-        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-            raise DataError(f"{path}, line {number} has no text under 'prompt'; {wanted}")
-        if not entry["prompt"]:
-            raise DataError(f"{path}, line {number}: the prompt is empty; it needs at least one token")
-        prompts.append(entry["prompt"])
-    if not prompts:
-        raise DataError(f"{path} holds no prompts; {wanted}")
-    return PromptSet(tuple(prompts), max_new_tokens, {"file": path.name, "sha256": hashlib.sha256(content).hexdigest()})
-
-
-def _held_out(
-    folder: Path, model: MTPModel, num_prompts: int | None, max_new_tokens: int | None, console: Console
-) -> PromptSet:
-    """Prompts cut from what was held out of the checkpoint's own training."""
-    if model.tokenizer is None or not (folder / "recipe.json").exists():
-        raise CheckpointError(
-            f"{folder} does not say what it was trained on (it has no "
-            f"{'tokenizer' if model.tokenizer is None else 'recipe.json'}), so there is no held-out text; "
-            "name prompts with --prompts FILE.jsonl"
-        )
-    recipe = read_recipe(folder / "recipe.json")
-    changes = {"num_prompts": num_prompts, "max_new_tokens": max_new_tokens}
-    settings = replace(recipe.evaluation, **{key: value for key, value in changes.items() if value is not None})
-    if settings.num_prompts == 0:
-        raise GenerationError(f"{folder} was trained with evaluation.num_prompts = 0; say how many with --num-prompts")
-    with status(console) as say:
-        data = prepare_held_out(recipe.data, model.tokenizer, say=say)
-    found = held_out_prompts(data.validation, settings)
-    source = {"corpus": data.corpus.name, "sha256": data.corpus.sha256, "prompt_length": settings.prompt_length}
-    return PromptSet(found.prompts, settings.max_new_tokens, source)
 
 
 def _print_table(console: Console, title: str, timed: TimedDecodings, arms: list[DecodingArm]) -> None:

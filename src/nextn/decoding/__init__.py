@@ -1,7 +1,17 @@
 """Lossless speculative decoding: draft with the MTP depths, verify with the trunk, count what was accepted."""
 
-from nextn.decoding.generate import GenerationResult, generate, plain_reference
+from nextn.decoding.decoder import Decoder, GenerationResult, Piece, TokenStream
+from nextn.decoding.generate import generate, plain_reference
 from nextn.decoding.sampling import SamplingConfig
 from nextn.decoding.statistics import AcceptanceStatistics
 
-__all__ = ["AcceptanceStatistics", "GenerationResult", "SamplingConfig", "generate", "plain_reference"]
+__all__ = [
+    "AcceptanceStatistics",
+    "Decoder",
+    "GenerationResult",
+    "Piece",
+    "SamplingConfig",
+    "TokenStream",
+    "generate",
+    "plain_reference",
+]

@@ -20,21 +20,134 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from nextn.alignment import embedded_positions, num_final_positions
-from nextn.decoding.sampling import SamplingConfig, choose, transform
+from nextn.decoding.sampling import SamplingConfig, choose, penalise, seen_after, transform
+from nextn.decoding.steps import Steps
+from nextn.decoding.vocabulary import DraftVocabulary
 from nextn.model import Trunk
 from nextn.mtp.scheme import Scheme
 
+PROMPT_CHUNK = 512
+"""Most positions of a prompt read at once."""
 
-class Drafter:
+
+@dataclass
+class BatchTokens:
+    """The tokens of B rows, known on the host and on the device.
+
+    Attributes:
+        token_ids: int64 [B, capacity]; row b holds `num_known[b]` tokens, the last of which the trunk has not read yet.
+        num_known: known tokens per row, at least 2.
+        num_total: most tokens each row may ever hold; None: the capacity. What is drafted beyond is never emitted; it
+            piles up in the last place, which nobody reads.
+        seen: tokens in the row so far, bool [B, V], where a repetition penalty asks for them.
+    """
+
+    token_ids: Tensor
+    num_known: Sequence[int]
+    num_total: Sequence[int] | None = None
+    seen: Tensor | None = None
+
+    @cached_property
+    def known_and_total(self) -> Tensor:
+        """`num_known` and `num_total` on the device, int64 [2, B]."""
+        total = self.num_total or [self.token_ids.shape[1]] * len(self.num_known)
+        return torch.tensor([list(self.num_known), list(total)], device=self.token_ids.device)
+
+
+    def places(self, num_draft_tokens: int) -> Tensor:
+        """Where the next tokens of each row go, int64 [B, num_draft_tokens]; those it may not hold in its last place."""
+        known, total = self.known_and_total[..., None]
+        return torch.minimum(known + torch.arange(num_draft_tokens, device=known.device), total - 1)
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What was drafted for B rows.
+
+    Attributes:
+        token_ids: int64 [B, N].
+        probs: the distributions they were drawn from, float32 [B, N, V]; None: the drafts were certain.
+        num_drafted: how many of the N each row means, 0..N; None: all of them.
+    """
+
+    token_ids: Tensor
+    probs: Tensor | None = None
+    num_drafted: list[int] | None = None
+
+    @staticmethod
+    def none(num_rows: int, device: torch.device) -> Drafts:
+        """No drafts: a plain step."""
+        return Drafts(torch.zeros(num_rows, 0, dtype=torch.int64, device=device))
+
+
+class Drafter(Protocol):
+    """Guesses the next tokens of B rows. Places (rows of the batch) are taken, moved and given to others."""
+
+    def begin(self, place: int, token_ids: Tensor, num_known: int) -> None:
+        """A new row of `num_known` tokens, int64 [capacity], stands at this place; the trunk has read it."""
+        ...
+
+    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor, first_place: int = 0) -> None:
+        """Take over trunk states before and after the final norm, [b, M, C] each, at `positions`, int64 [b, M].
+
+        They belong to places first_place..first_place+b-1. States of drafts that are then rejected may be among them:
+        they are overwritten before they are read.
+        """
+        ...
+
+    def draft(
+        self, tokens: BatchTokens, num_draft_tokens: int, sampling: SamplingConfig, uniforms: Tensor | None
+    ) -> Drafts:
+        """Draft at most `num_draft_tokens` >= 1 tokens for every row.
+
+        Args:
+            tokens: of all rows; drafts may be written behind the known ones.
+            num_draft_tokens: how many to draft now.
+            sampling: how a drafted token is chosen.
+            uniforms: numbers in [0, 1), float64 [B, num_draft_tokens]; None when greedy.
+        """
+        ...
+
+    def roll_back(self, num_final: Sequence[int]) -> None:
+        """Keep of each row what was read from its first `num_final[b]` tokens; the rest will be read again.
+
+        After verification these are the tokens known before the cycle and the accepted drafts, but not the correction
+        or bonus, which no drafter has read.
+        """
+        ...
+
+    def move(self, source: int, target: int, num_tokens: int) -> None:
+        """The row at place `source`, of `num_tokens` tokens, goes on at place `target`."""
+        ...
+
+
+@dataclass(frozen=True)
+class DraftOptions:
+    """How the MTP depths draft.
+
+    Attributes:
+        min_confidence: drafting of a row ends when the product of its drafts' probabilities falls below; None: never.
+        vocabulary: the only tokens that are drafted; None: all.
+    """
+
+    min_confidence: float | None = None
+    vocabulary: DraftVocabulary | None = field(default=None, repr=False)
+
+
+class MTPDrafter:
     """The state of drafting for B rows: one cache layer and one buffer of carried states per depth.
 
     Rows may know different numbers of tokens. All rows read windows of one length that end at their own last position;
-    a row that needs less reads some final positions again, which changes nothing.
+    a row that needs less reads some final positions again, which changes nothing. Compiled steps have windows of fixed
+    length.
 
     Args:
         trunk: the model whose embedding, norm and head the scheme shares.
@@ -42,92 +155,208 @@ class Drafter:
         num_rows: B.
         capacity: most tokens a row may hold, drafts included.
         draft_length: N, most tokens drafted in a cycle, at most the scheme's `max_draft_length`.
+        steps: eager, unless compiled ones are given.
+        options: confidence stop and draft vocabulary.
     """
 
-    def __init__(self, trunk: Trunk, scheme: Scheme, num_rows: int, capacity: int, draft_length: int):
-        self._trunk, self._scheme = trunk, scheme
+    def __init__(
+        self,
+        trunk: Trunk,
+        scheme: Scheme,
+        num_rows: int,
+        capacity: int,
+        draft_length: int,
+        steps: Steps | None = None,
+        options: DraftOptions | None = None,
+    ):
+        self._trunk, self._scheme, self._draft_length = trunk, scheme, draft_length
+        self._steps = steps or Steps(trunk.device, compiled=False)
+        self._options = options or DraftOptions()
         self._cache = scheme.new_cache(trunk, num_rows, capacity, draft_length)
-        self._rows = torch.arange(num_rows, device=trunk.device)
-        dtype = trunk.embed(self._rows[:1]).dtype
+        self._slots = torch.arange(capacity, device=trunk.device)
+        dtype = trunk.embed(self._slots[:1]).dtype
         shape = (num_rows, capacity, trunk.hidden_size)
         # states[k][b, j] is h[k][j] of row b, which depth k+1 reads.
         self._states = [torch.zeros(shape, dtype=dtype, device=trunk.device) for _ in range(draft_length)]
         # num_read[k][b]: depth k has read positions 0..num_read-1 of row b, from tokens that are final.
         self._num_read = {depth: [0] * num_rows for depth in range(1, draft_length + 1)}
+        vocabulary = self._options.vocabulary
+        self._heads = [scheme.head(trunk, depth) for depth in range(1, draft_length + 1)]
+        if vocabulary is not None:
+            reduced = {id(head): head for head in self._heads}
+            reduced = {number: vocabulary.reduced_head(head) for number, head in reduced.items()}
+            self._heads = [reduced[id(head)] for head in self._heads]
 
-    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor) -> None:
-        """Take over trunk states before and after the final norm, [B, M, C] each, at `positions`, int64 [B, M].
+    def begin(self, place: int, token_ids: Tensor, num_known: int) -> None:
+        """See `Drafter`; every depth reads the row's final positions."""
+        for num_read in self._num_read.values():
+            num_read[place] = 0
+        self._catch_up(place, token_ids, num_known)
 
-        States of drafts that are then rejected may be among them: they are overwritten before they are read.
-        """
-        self._store(0, positions, self._scheme.trunk_state(hidden, normed))
+    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor, first_place: int = 0) -> None:
+        """See `Drafter`."""
+        self._store(0, first_place, positions, self._scheme.trunk_state(hidden, normed))
 
     def draft(
-        self,
-        token_ids: Tensor,
-        num_known: Sequence[int],
-        num_draft_tokens: int,
-        sampling: SamplingConfig,
-        uniforms: Tensor | None,
-    ) -> Tensor:
-        """Draft tokens and write them into `token_ids` behind the known ones.
-
-        Args:
-            token_ids: int64 [B, capacity]; row b holds `num_known[b]` >= 2 tokens, the last of which the trunk has not
-                read yet. Written at the `num_draft_tokens` places after them.
-            num_known: known tokens per row.
-            num_draft_tokens: how many tokens to draft now, 1..N.
-            sampling: how a drafted token is chosen.
-            uniforms: numbers in [0, 1), float64 [B, num_draft_tokens]; None when greedy.
-
-        Returns:
-            The distributions the drafts were chosen from, float32 [B, num_draft_tokens, V].
-        """
+        self, tokens: BatchTokens, num_draft_tokens: int, sampling: SamplingConfig, uniforms: Tensor | None
+    ) -> Drafts:
+        """See `Drafter`; drafts are written into `tokens.token_ids` behind the known ones."""
         # All depths read up to the position at which depth 1 embeds the last known token.
-        ends = [num_final_positions(known, depth=1) for known in num_known]
-        num_keys = max(ends)
-        next_places = torch.tensor(num_known, device=token_ids.device)
-        draft_probs = []
-        for depth in range(1, num_draft_tokens + 1):
-            positions = self._window(ends, self._num_read[depth])
-            state = self._scheme.step(
-                self._trunk,
-                depth,
-                self._load(depth - 1, positions),
-                token_ids.gather(1, embedded_positions(positions, depth)),
-                self._trunk.cached_context(positions, num_keys),
-                self._cache,
+        ends = [num_final_positions(known, depth=1) for known in tokens.num_known]
+        depths = range(1, num_draft_tokens + 1)
+        window = self._longest_unread(ends, depths)
+        most = num_draft_tokens + 1 if self._steps.compiled else self._draft_length + 1
+        if window > most:  # a row begun without its prompt, or depths that were not asked for for some time
+            for place, known in enumerate(tokens.num_known):
+                self._catch_up(place, tokens.token_ids[place], known)
+            window = self._longest_unread(ends, depths)
+        if self._steps.compiled:
+            window = most
+        slots = self._steps.slots(self._slots, max(ends))
+        runs = [depths] if self._options.min_confidence is None else [range(depth, depth + 1) for depth in depths]
+        parts: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+        confidence, counts = [1.0] * len(ends), [0] * len(ends)
+        for run in runs:
+            parts.append(
+                self._steps.run(
+                    self._draft_depths,
+                    (run, window, len(ends), len(self._slots), sampling),
+                    tokens.token_ids,
+                    tokens.known_and_total,
+                    slots,
+                    tokens.seen,
+                    None if uniforms is None else uniforms[:, run.start - 1 : run.stop - 1],
+                    run,
+                    window,
+                    sampling,
+                )
             )
-            if depth < len(self._states):
-                self._store(depth, positions, state.carry)
-            self._num_read[depth] = ends
-            logits = self._scheme.head(self._trunk, depth)(state.head_input[:, -1])
-            probs = transform(logits, sampling)
-            token_ids[self._rows, next_places] = choose(probs, None if uniforms is None else uniforms[:, depth - 1])
-            next_places = next_places + 1
-            draft_probs.append(probs)
-        return torch.stack(draft_probs, dim=1)
+            for depth in run:
+                self._num_read[depth][: len(ends)] = ends
+            if (least := self._options.min_confidence) is not None:
+                latest = parts[-1][2]
+                assert latest is not None, "it was asked for"
+                for place, share in enumerate(latest.tolist()):
+                    counts[place] += confidence[place] >= least
+                    confidence[place] *= share
+                if max(confidence) < least:
+                    break
+        ids = torch.cat([part[0] for part in parts], dim=1)
+        probs = [part[1] for part in parts if part[1] is not None]
+        return Drafts(
+            ids,
+            torch.cat(probs, dim=1) if probs else None,
+            None if self._options.min_confidence is None else counts,
+        )
 
     def roll_back(self, num_final: Sequence[int]) -> None:
-        """Keep of each row what was read from its first `num_final[b]` tokens; the rest will be read again.
-
-        After verification these are the tokens known before the cycle and the accepted drafts, but not the correction
-        or bonus, which no depth has read.
-        """
+        """See `Drafter`."""
         for depth, num_read in self._num_read.items():
-            self._num_read[depth] = [
-                min(read, num_final_positions(final, depth)) for read, final in zip(num_read, num_final, strict=True)
-            ]
+            for place, final in enumerate(num_final):
+                num_read[place] = min(num_read[place], num_final_positions(final, depth))
 
-    def _window(self, ends: Sequence[int], num_read: Sequence[int]) -> Tensor:
-        """Positions still to read, int64 [B, M]: each row's last M before `ends`, 0 repeated where a row is shorter."""
-        length = max(end - read for end, read in zip(ends, num_read, strict=True))
-        offsets = torch.arange(-length, 0, device=self._rows.device)
-        return (torch.tensor(ends, device=self._rows.device)[:, None] + offsets).clamp_(min=0)
+    def move(self, source: int, target: int, num_tokens: int) -> None:
+        """See `Drafter`."""
+        self._cache.copy_row(source, target, num_tokens)
+        for states in self._states:
+            states[target, :num_tokens] = states[source, :num_tokens]
+        for num_read in self._num_read.values():
+            num_read[target] = num_read[source]
+
+    def _draft_depths(
+        self,
+        token_ids: Tensor,
+        known_and_total: Tensor,
+        slots: Tensor,
+        seen: Tensor | None,
+        uniforms: Tensor | None,
+        depths: range,
+        window: int,
+        sampling: SamplingConfig,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Some depths in turn, a step of fixed shapes: drafts int64 [B, n], their distributions and confidence [B].
+
+        Distributions are float32 [B, n, V], None when greedy; the confidence is the last draft's probability, None
+        unless a draft may stop for it.
+        """
+        num_rows = token_ids.shape[0]
+        known, last_place = known_and_total[0], known_and_total[1, :, None] - 1
+        places = torch.arange(-window, 0, device=token_ids.device)
+        positions = (num_final_positions(known, depth=1)[:, None] + places).clamp(min=0)
+        context = self._trunk.cached_context(positions, slots.shape[0])
+        cache = self._cache.rows(0, num_rows)
+        ids: list[Tensor] = []
+        all_probs: list[Tensor] = []
+        confidence = None
+        for depth in depths:
+            embedded = torch.minimum(embedded_positions(positions, depth), last_place)
+            carried = self._load(depth - 1, positions)
+            state = self._scheme.step(self._trunk, depth, carried, token_ids.gather(1, embedded), context, cache)
+            if depth < len(self._states):
+                self._store(depth, 0, positions, state.carry)
+            logits = self._heads[depth - 1](state.head_input[:, -1])
+            if seen is not None:
+                before = token_ids.gather(1, torch.minimum(known[:, None] + torch.arange(depth - 1), last_place))
+                seen_now = seen_after(seen, before)[:, -1]
+            else:
+                seen_now = None
+            chosen, probs, confidence = self._choose(
+                logits, seen_now, sampling, None if uniforms is None else uniforms[:, depth - depths.start]
+            )
+            token_ids.scatter_(1, torch.minimum(known[:, None] + (depth - 1), last_place), chosen[:, None])
+            ids.append(chosen)
+            if probs is not None:
+                all_probs.append(probs)
+        return torch.stack(ids, dim=1), torch.stack(all_probs, dim=1) if all_probs else None, confidence
+
+    def _choose(
+        self, logits: Tensor, seen: Tensor | None, sampling: SamplingConfig, uniforms: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """From the head's logits [B, V or D]: the drafts, their distributions over V and their probabilities [B]."""
+        vocabulary = self._options.vocabulary
+        if vocabulary is not None and seen is not None:
+            seen = seen[:, vocabulary.ids]
+        probs = None if sampling.is_greedy else transform(logits, sampling, seen)
+        if probs is None:
+            chosen = (logits if seen is None else penalise(logits, seen, sampling)).argmax(-1)
+        else:
+            chosen = choose(probs, uniforms)
+        confidence = None
+        if self._options.min_confidence is not None:
+            shares = logits.float().softmax(-1) if probs is None else probs
+            confidence = shares.gather(1, chosen[:, None])[:, 0]
+        if vocabulary is not None:
+            chosen = vocabulary.to_full(chosen)
+            probs = None if probs is None else vocabulary.spread(probs)
+        return chosen, probs, confidence
+
+    def _longest_unread(self, ends: Sequence[int], depths: range) -> int:
+        """Positions before `ends` that some row has still to read at some depth; at least the last, whose state counts."""
+        return max(1, *(end - read for depth in depths for end, read in zip(ends, self._num_read[depth], strict=False)))
+
+    def _catch_up(self, place: int, token_ids: Tensor, num_known: int) -> None:
+        """Every depth reads the final positions that it has not read, at one place, from tokens int64 [capacity]."""
+        cache = self._cache.rows(place, place + 1)
+        for depth, num_read in self._num_read.items():
+            end = num_final_positions(num_known, depth)
+            for first in range(num_read[place], end, PROMPT_CHUNK):
+                positions = self._slots[None, first : min(first + PROMPT_CHUNK, end)]
+                state = self._scheme.step(
+                    self._trunk,
+                    depth,
+                    self._states[depth - 1][place : place + 1, positions[0]],
+                    token_ids[embedded_positions(positions, depth)],
+                    self._trunk.cached_context(positions, min(first + PROMPT_CHUNK, end)),
+                    cache,
+                )
+                if depth < len(self._states):
+                    self._store(depth, place, positions, state.carry)
+            num_read[place] = max(num_read[place], end)
 
     def _load(self, depth: int, positions: Tensor) -> Tensor:
-        states = self._states[depth]
+        states = self._states[depth][: positions.shape[0]]
         return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
 
-    def _store(self, depth: int, positions: Tensor, values: Tensor) -> None:
-        self._states[depth].scatter_(1, positions[..., None].expand_as(values), values)
+    def _store(self, depth: int, first_place: int, positions: Tensor, values: Tensor) -> None:
+        states = self._states[depth][first_place : first_place + positions.shape[0]]
+        states.scatter_(1, positions[..., None].expand_as(values), values)

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from nextn.alignment import embedded_positions, num_final_positions
-from nextn.decoding.draft import Drafter
+from nextn.decoding.draft import BatchTokens, Drafts
 from nextn.decoding.sampling import SamplingConfig, choose, transform
 from nextn.errors import GenerationError
 from nextn.model import Trunk
@@ -109,17 +109,8 @@ def check_drafting(scheme: Scheme | None, drafting: str, draft_length: int) -> N
         raise GenerationError(f"drafting = {drafting!r}: that engine {reason}; or use drafting = {AS_TRAINED!r}")
 
 
-def new_drafter(
-    trunk: Trunk, scheme: Scheme, num_rows: int, capacity: int, draft_length: int, drafting: str = AS_TRAINED
-) -> Drafter | SingleCacheDrafter:
-    """The drafter of a way to draft that `check_drafting` has passed; arguments as for `Drafter`."""
-    if drafting in SINGLE_CACHE:
-        return SingleCacheDrafter(trunk, scheme, num_rows, capacity, SINGLE_CACHE[drafting])
-    return Drafter(trunk, scheme, num_rows, capacity, draft_length)
-
-
 class SingleCacheDrafter:
-    """Drafts of one module with one cache layer, as vLLM and llama.cpp make them; stands in for `Drafter`.
+    """Drafts of one module with one cache layer, as vLLM and llama.cpp make them.
 
     Args:
         trunk: the model whose embedding, norm and head the module shares.
@@ -139,34 +130,35 @@ class SingleCacheDrafter:
         # num_read[b]: row b's true pairs have been read at all positions below.
         self._num_read = [convention.first_position] * num_rows
 
-    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor) -> None:
-        """Take over trunk states, as `Drafter.observe`."""
+    def begin(self, place: int, token_ids: Tensor, num_known: int) -> None:
+        """See `Drafter`; the prompt is read with the first draft."""
+        self._num_read[place] = self._convention.first_position
+
+    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor, first_place: int = 0) -> None:
+        """See `Drafter`."""
         state = self._scheme.trunk_state(hidden, normed)
-        self._states.scatter_(1, self._slots(positions)[..., None].expand_as(state), state)
+        states = self._states[first_place : first_place + positions.shape[0]]
+        states.scatter_(1, self._slots(positions)[..., None].expand_as(state), state)
 
     def draft(
-        self,
-        token_ids: Tensor,
-        num_known: Sequence[int],
-        num_draft_tokens: int,
-        sampling: SamplingConfig,
-        uniforms: Tensor | None,
-    ) -> Tensor:
-        """Draft tokens into `token_ids`, as `Drafter.draft`, but always the most likely ones.
+        self, tokens: BatchTokens, num_draft_tokens: int, sampling: SamplingConfig, uniforms: Tensor | None
+    ) -> Drafts:
+        """See `Drafter`, but the most likely tokens always: `sampling` and `uniforms` are not read.
 
-        Returns:
-            One-hot distributions, float32 [B, num_draft_tokens, V]; `sampling` and `uniforms` are not read.
+        Drafts are written into `tokens.token_ids` behind the known ones, and count as certain.
         """
+        token_ids, num_known = tokens.token_ids, tokens.num_known
+        cache = self._cache.rows(0, len(num_known))
         ends = [num_final_positions(known, depth=1) for known in num_known]
         positions = self._window(ends)
         slots = self._slots(positions)
-        states = self._states.gather(1, slots[..., None].expand(-1, -1, self._states.shape[-1]))
-        self._num_read = ends
-        next_places = torch.tensor(num_known, device=token_ids.device)
+        states = self._states[: len(ends)].gather(1, slots[..., None].expand(-1, -1, self._states.shape[-1]))
+        self._num_read[: len(ends)] = ends
+        places, last_place = tokens.places(num_draft_tokens), tokens.known_and_total[1, :, None] - 1
         draft_probs = []
         for step in range(num_draft_tokens):
             if step:  # one position more: the recycled state, and the token just drafted
-                positions = positions[:, -1:] + 1
+                positions = torch.minimum(positions[:, -1:] + 1, last_place - 1)
                 slots = self._slots(positions)
             state = self._scheme.step(
                 self._trunk_at(positions),
@@ -174,15 +166,21 @@ class SingleCacheDrafter:
                 states,
                 token_ids.gather(1, embedded_positions(positions, depth=1)),
                 self._trunk.cached_context(slots, num_keys=max(ends) - self._convention.first_position + step),
-                self._cache,
+                cache,
             )
             states = state.carry[:, -1:]
             logits = self._scheme.head(self._trunk, 1)(state.head_input[:, -1])
             probs = transform(logits, GREEDY)
-            token_ids[self._rows, next_places] = choose(probs, None)
-            next_places = next_places + 1
+            token_ids.scatter_(1, places[:, step : step + 1], choose(probs, None)[:, None])
             draft_probs.append(probs)
-        return torch.stack(draft_probs, dim=1)
+        return Drafts(token_ids.gather(1, places), torch.stack(draft_probs, dim=1))
+
+    def move(self, source: int, target: int, num_tokens: int) -> None:
+        """See `Drafter`."""
+        num_slots = num_tokens + 1
+        self._cache.copy_row(source, target, num_slots)
+        self._states[target, :num_slots] = self._states[source, :num_slots]
+        self._num_read[target] = self._num_read[source]
 
     def roll_back(self, num_final: Sequence[int]) -> None:
         """Nothing to do: only true pairs count as read, and the next cycle overwrites the drafts' places."""
@@ -192,7 +190,7 @@ class SingleCacheDrafter:
 
     def _window(self, ends: Sequence[int]) -> Tensor:
         """Positions still to read, int64 [B, M]: each row's last M before `ends`; shorter rows repeat their first."""
-        length = max(end - read for end, read in zip(ends, self._num_read, strict=True))
+        length = max(end - read for end, read in zip(ends, self._num_read, strict=False))
         offsets = torch.arange(-length, 0, device=self._rows.device)
         positions = torch.tensor(ends, device=self._rows.device)[:, None] + offsets
         return positions.clamp_(min=self._convention.first_position)

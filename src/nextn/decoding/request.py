@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from nextn.decoding.engine_drafts import AS_TRAINED, check_drafting, fixed_draft_length
 from nextn.decoding.sampling import SamplingConfig
@@ -16,54 +14,38 @@ from nextn.mtp.scheme import Scheme
 USUAL_DRAFT_LENGTH = 3
 
 
-@dataclass(frozen=True)
-class Request:
-    """One call of `generate`, checked; see there."""
-
-    max_new_tokens: int
-    draft_length: int
-    drafting: str
-    sampling: SamplingConfig
-    eos_token_id: int | None
-    verifier: Verifier
-
-
-def checked_request(
-    model: MTPModel,
-    *,
-    max_new_tokens: int,
-    draft_length: int | None,
-    drafting: str,
-    sampling: SamplingConfig,
-    eos_token_id: int | None,
-    verifier: str | Verifier,
-) -> Request:
-    """The request, with what was left open decided. Raises GenerationError for what cannot be served."""
-    if sampling.is_greedy and (sampling.top_k, sampling.top_p, sampling.min_p) != (None, None, None):
-        warnings.warn("top_k, top_p and min_p have no effect at temperature 0 (greedy)", stacklevel=3)
+def check_counts(num_prompts: int, max_new_tokens: int, seed: int | Sequence[int]) -> Sequence[int]:
+    """The seed of each prompt. Raises GenerationError: no new tokens are asked for, a seed is negative or missing."""
     if max_new_tokens < 1:
         raise GenerationError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    return Request(
-        max_new_tokens,
-        resolve_draft_length(model, draft_length, drafting),
-        drafting,
-        sampling,
-        eos_token_id,
-        resolve_verifier(verifier, sampling),
-    )
+    seeds = [seed] * num_prompts if isinstance(seed, int) else list(seed)
+    if len(seeds) != num_prompts:
+        raise GenerationError(f"there are {num_prompts} prompts and {len(seeds)} seeds; give one for all, or one each")
+    if min(seeds, default=0) < 0:
+        raise GenerationError(f"seed must be 0 or more, got {min(seeds)}")
+    return seeds
 
 
-def resolve_draft_length(model: MTPModel, draft_length: int | None, drafting: str = AS_TRAINED) -> int:
+def longest_draft(model: MTPModel) -> int | None:
+    """Most tokens that the model's MTP depths can draft in a cycle: 0 without MTP; None: any number."""
+    return 0 if model.scheme is None else model.scheme.max_draft_length(model.num_depths)
+
+
+def resolve_draft_length(
+    model: MTPModel | None, draft_length: int | None, drafting: str = AS_TRAINED
+) -> int:
     """N to draft with.
 
     Args:
-        model: trunk and MTP depths.
+        model: trunk and MTP depths; None: something else drafts, any number of tokens.
         draft_length: what is asked for; None: 3, or as many as the scheme (or the engine) can draft, or 0 without MTP.
         drafting: one of `engine_drafts.DRAFTING`.
 
     Raises:
         GenerationError: it is negative, or this model cannot draft so many tokens in this way.
     """
+    if model is None:
+        return USUAL_DRAFT_LENGTH if draft_length is None else draft_length
     scheme = model.scheme
     longest = None if scheme is None else scheme.max_draft_length(model.num_depths)
     if draft_length is None:

@@ -1,7 +1,8 @@
 """From logits to the distribution that is sampled, and from that distribution to tokens.
 
 Draft and target logits go through the same `transform`, so that verification compares like with like: speculative
-decoding is lossless with respect to the transformed target distribution.
+decoding is lossless with respect to the transformed target distribution. The repetition penalty makes that distribution
+depend on the tokens before it, drafts included: `seen_after` says which count at each verified place.
 
 Randomness is explicit: a uniform number per decision, drawn from a generator that belongs to one row alone, so that
 what a row emits does not depend on the batch it is decoded in.
@@ -30,6 +31,8 @@ class SamplingConfig:
         top_p: keep the fewest most likely tokens whose probabilities sum to at least this; None keeps all.
         min_p: keep tokens at least this many times as likely as the most likely one; None keeps all.
         seed: seed of the rows' random numbers.
+        repetition_penalty: makes tokens seen before less likely (above 1) or more likely (below 1); 1 changes nothing;
+            see `penalise`.
 
     Raises:
         GenerationError: a value is out of its range.
@@ -40,6 +43,7 @@ class SamplingConfig:
     top_p: float | None = None
     min_p: float | None = None
     seed: int = 0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -52,6 +56,10 @@ class SamplingConfig:
             raise GenerationError(f"min_p must lie in [0, 1], got {self.min_p}; leave it out to keep all tokens")
         if self.seed < 0:
             raise GenerationError(f"seed must be 0 or more, got {self.seed}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise GenerationError(
+                f"repetition_penalty must be a positive number, got {self.repetition_penalty}; 1 changes nothing"
+            )
 
     @property
     def is_greedy(self) -> bool:
@@ -59,15 +67,70 @@ class SamplingConfig:
         return self.temperature == 0
 
 
-def transform(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """Probabilities after temperature, then top-k, then top-p, then min-p.
+def penalise(logits: Tensor, seen: Tensor, config: SamplingConfig) -> Tensor:
+    """Logits after the repetition penalty: of seen tokens, divided by it if positive, multiplied by it if negative.
+
+    Source: CTRL, arXiv 1909.05858, section 4.1, which divides whatever the sign; a penalty above 1 would then favour
+    seen tokens of negative logit, so transformers and vLLM multiply these.
 
     Args:
         logits: [..., V], any float dtype.
-        config: with temperature 0 the result is one-hot at the (first) largest logit, whatever else is set.
+        seen: the tokens of prompt and output so far, bool, broadcastable to [..., V].
+        config: only `repetition_penalty` is read.
+
+    Returns:
+        float32 [..., V]; at penalty 1 `logits` itself, in its own dtype.
+
+    Tokens 0 and 1 were seen; a penalty of 2 halves the first logit and doubles the second:
+
+    >>> config = SamplingConfig(repetition_penalty=2.0)
+    >>> penalise(torch.tensor([3.0, -1.0, 2.0]), torch.tensor([True, True, False]), config).tolist()
+    [1.5, -2.0, 2.0]
+    """
+    if config.repetition_penalty == 1:
+        return logits
+    logits = logits.float()
+    penalised = torch.where(logits > 0, logits / config.repetition_penalty, logits * config.repetition_penalty)
+    return torch.where(seen, penalised, logits)
+
+
+def seen_after(seen: Tensor, draft_ids: Tensor) -> Tensor:
+    """Which tokens have been seen at each place of a verified draft.
+
+    The target distribution at place j follows drafts 0..j-1, so these count as seen there, and draft j does not.
+
+    Args:
+        seen: tokens of prompt and output before the draft, bool [B, V].
+        draft_ids: drafted tokens, int64 [B, N], all in 0..V-1, also where a row drafted fewer.
+
+    Returns:
+        bool [B, N+1, V].
+
+    Token 3 was seen before; 0 and 2 are drafted:
+
+    >>> seen_after(torch.tensor([[False, False, False, True]]), torch.tensor([[0, 2]])).int().tolist()
+    [[[0, 0, 0, 1], [1, 0, 0, 1], [1, 0, 1, 1]]]
+    """
+    places = [seen]
+    for place in range(draft_ids.shape[1]):
+        places.append(places[-1].scatter(1, draft_ids[:, place : place + 1], True))
+    return torch.stack(places, dim=1)
+
+
+def transform(logits: Tensor, config: SamplingConfig, seen: Tensor | None = None) -> Tensor:
+    """Probabilities after the repetition penalty, then temperature, then top-k, then top-p, then min-p.
+
+    Args:
+        logits: [..., V], any float dtype.
+        config: with temperature 0 the result is one-hot at the (first) largest logit after the penalty; the filters
+            then change nothing.
+        seen: the tokens that the penalty falls on, bool, broadcastable to [..., V]; may be None at penalty 1.
 
     Returns:
         Probabilities, float32 [..., V]; they sum to 1 over the kept tokens and are exactly 0 elsewhere.
+
+    Raises:
+        ValueError: there is a repetition penalty, but `seen` is None.
 
     >>> logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
     >>> transform(logits, SamplingConfig(temperature=1.0, top_p=0.6)).tolist()
@@ -75,6 +138,10 @@ def transform(logits: Tensor, config: SamplingConfig) -> Tensor:
     >>> transform(logits, SamplingConfig(temperature=0.0)).tolist()
     [1.0, 0.0, 0.0, 0.0]
     """
+    if seen is not None:
+        logits = penalise(logits, seen, config)
+    elif config.repetition_penalty != 1:
+        raise ValueError(f"repetition_penalty = {config.repetition_penalty} needs seen [..., V], got None")
     if config.is_greedy:
         best = logits.argmax(-1, keepdim=True)
         return torch.zeros(logits.shape, device=logits.device).scatter_(-1, best, 1.0)

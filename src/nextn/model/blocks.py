@@ -34,6 +34,10 @@ class DecoderLayer(nn.Module):
         """[B, M, C] -> [B, M, C]; with a cache, this forward's latents are written to it first."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._run, hidden, context, cache, use_reentrant=False, preserve_rng_state=False)
+        return self._run(hidden, context, cache) if cache is None else self._run_cached(hidden, context, cache)
+
+    @torch.compiler.nested_compile_region  # layers of one kind are compiled once
+    def _run_cached(self, hidden: Tensor, context: LayerContext, cache: LayerCache) -> Tensor:
         return self._run(hidden, context, cache)
 
     def _run(self, hidden: Tensor, context: LayerContext, cache: LayerCache | None) -> Tensor:

@@ -47,6 +47,15 @@ class Cache:
         layers = tuple(LayerCache(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(num_layers))
         return Cache(layers)
 
+    def rows(self, first: int, end: int) -> Cache:
+        """The same slots of rows first..end-1 only: views."""
+        return Cache(tuple(LayerCache(layer.latent[first:end]) for layer in self.layers))
+
+    def copy_row(self, source: int, target: int, num_tokens: int) -> None:
+        """Row `target` takes over the first `num_tokens` slots of row `source`."""
+        for layer in self.layers:
+            layer.latent[target, :num_tokens] = layer.latent[source, :num_tokens]
+
     @property
     def num_bytes(self) -> int:
         """Memory held by all layers, in bytes."""
