@@ -1,7 +1,7 @@
 """nextn: multi-token prediction for language models, from training to lossless decoding."""
 
 from nextn.config import ModelConfig, MTPConfig, Recipe, load_recipe
-from nextn.decoding import GenerationResult, generate
+from nextn.decoding import Decoder, GenerationResult, generate
 from nextn.errors import NextnError
 from nextn.interop.load import load
 from nextn.mtp import MTPModel, MTPOutput
@@ -9,6 +9,7 @@ from nextn.mtp import MTPModel, MTPOutput
 __version__ = "0.1.0"
 
 __all__ = [
+    "Decoder",
     "GenerationResult",
     "MTPConfig",
     "MTPModel",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -94,6 +95,21 @@ def test_generate_gives_the_same_text_whatever_the_draft_length(folder: Path):
     assert len(set(texts)) == 1
     shown = run("generate", "run", "-p", "def f", "-n", "20", "--show-drafts", cwd=folder)
     assert "mean acceptance length" in shown.stderr
+
+
+def test_the_example_and_the_code_of_the_decoding_page_run(folder: Path):
+    root = Path(__file__).parents[2]
+    example = (root / "examples" / "decoder.py").read_text()
+    code = re.findall(r"```python\n(.+?)```", (root / "docs" / "decoding.md").read_text(), flags=re.DOTALL)
+    assert len(code) >= 4
+    (folder / "runs").mkdir()
+    (folder / "runs" / "demo").symlink_to(folder / "run")
+    (folder / "code.py").write_text(example + "\n".join(code).replace("max_new_tokens=64", "max_new_tokens=32"))
+    command = [sys.executable, "code.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ended by cancelled" in done.stdout
+    assert (folder / "frequent.json").exists()
 
 
 def test_demo_trains_measures_and_reports_and_is_quick_the_second_time(folder: Path):

@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from nextn import Decoder, generate, load
 from nextn.checkpoint import list_checkpoints
 from nextn.cli.main import main
+from nextn.decoding import Piece
+from nextn.decoding.verify import Threshold
 
 from .test_commands import RECIPE
 
@@ -39,9 +42,21 @@ class Done:
     err: str
 
 
-def nextn(*arguments: str | Path, cwd: Path, stdin: bytes = b"", encoding: str = "utf-8") -> Done:
-    """Run the command line in this process, standard streams in `encoding`."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="") for _ in range(2))
+class Stream(io.TextIOWrapper):
+    """A standard stream into memory, which may say that it is a terminal."""
+
+    is_terminal = False
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+
+def nextn(
+    *arguments: str | Path, cwd: Path, stdin: bytes = b"", encoding: str = "utf-8", on_terminal: bool = False
+) -> Done:
+    """Run the command line in this process, standard streams in `encoding`; standard output may be a terminal."""
+    out, err = (Stream(io.BytesIO(), encoding=encoding, newline="") for _ in range(2))
+    out.is_terminal = on_terminal
     code = 0
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(cwd):
         patch.setattr(sys, "argv", ["nextn", *map(str, arguments)])
@@ -93,6 +108,51 @@ MISTAKES = {
     "other settings": (
         ["train", "recipe.toml", "--out", "run", "--resume", "--set", "training.num_steps=9"],
         "num_steps: the run has 4, the recipe now has 9",
+    ),
+    "drafts in words": (
+        ["generate", "run", "-p", "x", "--draft-length", "three"],
+        "--draft-length takes a whole number or 'adaptive', got 'three'",
+    ),
+    "unknown drafter": (["generate", "run", "-p", "x", "--drafter", "ngram"], "mtp, prompt_lookup or the path"),
+    "confidence of a lookup": (
+        ["generate", "run", "-p", "x", "--drafter", "prompt_lookup", "--min-confidence", "0.5"],
+        "about drafts of the MTP depths; with --drafter prompt_lookup leave them out",
+    ),
+    "confidence and adaptive": (
+        ["generate", "run", "-p", "x", "--draft-length", "adaptive", "--min-confidence", "0.5"],
+        "leave one of them out",
+    ),
+    "no draft vocabulary": (["generate", "run", "-p", "x", "--draft-vocabulary", "no.json"], "no.json does not exist"),
+    "unknown weights": (["generate", "run", "-p", "x", "--weights", "int4"], "one of packed, int8, as_stored"),
+    "empty stop string": (["generate", "run", "-p", "x", "-n", "4", "--stop", ""], "a stop string is empty"),
+    "greedy verifier with a temperature": (
+        ["generate", "nowhere", "-p", "x", "--verifier", "exact", "--temperature", "1"],
+        "verifier 'exact' is greedy",
+    ),
+    "parameter out of range": (
+        ["generate", "nowhere", "-p", "x", "--verifier", "threshold:2"],
+        "threshold must lie in [0, 1], got 2.0",
+    ),
+    "parameters of the lossless": (
+        ["generate", "nowhere", "-p", "x", "--verifier", "exact:1"],
+        "verifier 'exact' takes no parameters, got '1'",
+    ),
+    "too many parameters": (
+        ["generate", "nowhere", "-p", "x", "--verifier", "typical:0.1,0.2,0.3"],
+        "takes epsilon, delta, as in typical:0.09,0.3; got '0.1,0.2,0.3'",
+    ),
+    "parameters in words": (["generate", "nowhere", "-p", "x", "--verifier", "threshold:low"], "got 'low'"),
+    "colours in a stream": (
+        ["generate", "nowhere", "-p", "x", "--stream", "--show-drafts"],
+        "--show-drafts colours whole texts",
+    ),
+    "a lossy stream": (
+        ["generate", "nowhere", "-p", "x", "--stream", "--verifier", "typical"],
+        "what a lossy verifier changed is counted at the end",
+    ),
+    "several texts in a stream": (
+        ["generate", "nowhere", "-p", "x", "-p", "y", "--stream", "--batch-size", "2"],
+        "several texts grow at once",
     ),
 }
 
@@ -169,9 +229,124 @@ def test_top_k_without_a_temperature_is_one_plain_line(folder: Path, recwarn: py
     done = nextn("generate", "run", "-p", "def", "-n", 4, "--top-k", 3, "--top-p", 0.5, cwd=folder)
     assert done.code == 0
     assert done.err.splitlines() == [
-        "--top-k and --top-p have no effect at temperature 0 (greedy); add --temperature to sample"
+        "--top-k, --top-p and --min-p have no effect at temperature 0 (greedy); add --temperature to sample"
     ]
     assert not [warning for warning in recwarn if "top_k" in str(warning.message)]
+
+
+WAYS = {
+    "streamed": ["--stream"],
+    "adaptive": ["--draft-length", "adaptive"],
+    "looked up": ["--drafter", "prompt_lookup"],
+    "drafted by a model": ["--drafter", "run"],
+    "while confident": ["--min-confidence", "0.05"],
+    "from a vocabulary": ["--draft-vocabulary", "vocabulary.json"],
+    "in a batch": ["--batch-size", "2", "--draft-length", "5"],
+    "as stored": ["--weights", "as_stored"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda name: name.replace(" ", "_"))
+def test_two_prompts_give_the_same_texts_in_every_lossless_way(folder: Path, way: str):
+    (folder / "vocabulary.json").write_text(json.dumps({"vocab_size": 257, "token_ids": list(b" efx\n")}))
+    command = ["generate", "run", "-p", "def f", "-p", "\tx = [", "-n", "24"]
+    plain = nextn(*command, "--draft-length", 0, cwd=folder)
+    assert plain.code == 0, plain.err
+    done = nextn(*command, *WAYS[way], cwd=folder)
+    assert (done.code, done.err) == (0, "")
+    assert done.out == plain.out
+
+
+def test_a_stop_string_ends_the_text_before_it(folder: Path):
+    text = nextn("generate", "run", "-p", "def f", "-n", 24, cwd=folder).out.removesuffix("\n")
+    stop = next(character for character in text[8:] if character.isascii() and character.isprintable())
+    done = nextn("generate", "run", "-p", "def f", "-n", 24, "--stop", "\x00", "--stop", stop, cwd=folder)
+    assert done.out == "def f" + text[5:].partition(stop)[0] + "\n"
+
+
+def test_a_text_goes_on_after_its_end_if_that_is_wished(folder: Path):
+    command = ["generate", "run", "-p", "d", "-n", "60", "--temperature", "9"]
+    model = load(folder / "run")
+    seed = next(
+        seed
+        for seed in range(200)
+        if generate(model, ["d"], max_new_tokens=60, temperature=9, seed=seed).finish_reasons == ("eos",)
+    )
+    ended = nextn(*command, "--seed", seed, cwd=folder).out.removesuffix("\n")
+    longer = nextn(*command, "--seed", seed, "--ignore-eos", cwd=folder).out.removesuffix("\n")
+    assert longer.startswith(ended)
+    assert len(longer.encode()) > len(ended.encode())
+
+
+def test_a_lossy_verifier_says_so_and_what_it_changed(folder: Path):
+    command = ["generate", "run", "-p", "def f", "-n", "24", "--draft-length", "4"]
+    result = generate(
+        load(folder / "run"), ["def f"], max_new_tokens=24, draft_length=4, verifier=Threshold(threshold=0)
+    )
+    assert result.num_changed_tokens > 0
+    done = nextn(*command, "--verifier", "threshold:0", cwd=folder, on_terminal=True)
+    assert done.out == f"def f{result.texts[0]}\n"
+    assert done.err == (
+        f"verifier 'threshold' is lossy: {result.num_changed_tokens} of 24 new tokens ({result.changed_share:.1%}) "
+        "are drafts that 'exact' would have refused\n"
+    )
+    assert nextn(*command, cwd=folder).err == ""
+
+
+def test_rounded_weights_are_announced_as_another_model(folder: Path):
+    done = nextn("generate", "run", "-p", "def", "-n", 4, "--weights", "int8", cwd=folder)
+    assert done.err == "int8: weights rounded to 8 bits are another model; its text is not the checkpoint's\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "on_terminal", "is_streamed"),
+    [([], False, False), ([], True, True), (["--stream"], False, True), (["-p", "x"], True, False)],
+)
+def test_one_text_on_a_terminal_is_streamed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], on_terminal: bool, is_streamed: bool
+):
+    calls = []
+    stream = Decoder.stream
+    monkeypatch.setattr(Decoder, "stream", lambda *args, **kwargs: calls.append(1) or stream(*args, **kwargs))
+    done = nextn("generate", "run", "-p", "def", "-n", 4, *options, cwd=folder, on_terminal=on_terminal)
+    assert done.code == 0, done.err
+    assert bool(calls) == is_streamed
+
+
+def test_an_interrupted_stream_keeps_what_was_printed_and_exits_with_130(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = nextn("generate", "run", "-p", "def f", "-n", 24, cwd=folder).out
+    stream = Decoder.stream
+
+    def interrupted(*args, **kwargs) -> Iterator[Piece]:
+        pieces = stream(*args, **kwargs)
+        yield next(pieces)
+        yield next(pieces)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Decoder, "stream", interrupted)
+    done = nextn("generate", "run", "-p", "def f", "-n", 24, "--stream", cwd=folder)
+    assert (done.code, done.err) == (130, "interrupted; the text ends here\n")
+    assert done.out.endswith("\n")
+    assert whole.startswith(done.out[:-1])
+    assert len("def f") < len(done.out[:-1]) < len(whole)
+
+
+def test_an_interrupted_batch_prints_nothing_and_exits_with_130(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*args, **kwargs) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Decoder, "generate", interrupted)
+    done = nextn("generate", "run", "-p", "def f", "-p", "x", cwd=folder)
+    assert (done.code, done.out) == (130, "")
+    assert "nothing was printed; --stream prints" in done.err
+
+
+def test_compiling_without_a_compiler_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(folder / "elsewhere"))
+    monkeypatch.delenv("CXX", raising=False)
+    done = nextn("generate", "run", "-p", "x", "--compile", cwd=folder)
+    assert done.code == 2
+    assert "--compile needs a C++ compiler" in done.err
 
 
 def test_a_seed_of_any_length_samples(folder: Path):

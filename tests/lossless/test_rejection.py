@@ -214,7 +214,9 @@ def test_the_drafts_distributions_are_cut_down_like_the_targets(half_trained: MT
 
     def spy(draft_ids, draft_probs, target_probs, num_drafted, uniforms) -> Verification:
         verified = rejection(draft_ids, draft_probs, target_probs, num_drafted, uniforms)
-        calls.append((draft_ids[0].tolist(), () if draft_probs is None else draft_probs[0].clone(), verified.num_accepted.item()))
+        calls.append(
+            (draft_ids[0].tolist(), () if draft_probs is None else draft_probs[0].clone(), verified.num_accepted.item())
+        )
         return verified
 
     result = generate(

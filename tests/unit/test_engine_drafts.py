@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -82,7 +83,7 @@ def engine_drafts_from_scratch(
 def difference(engine: str, model: MTPModel, draft_length: int, seed: int, num_rows: int = 1, **changed: Any) -> float:
     """Between an engine's cached drafts and the reference; `changed`: another `convention` or `drafter` class."""
     drafter_class = changed.get("drafter", SingleCacheDrafter)
-    convention = changed.get("convention", SINGLE_CACHE[engine])
+    convention = changed.get("convention", replace(SINGLE_CACHE[engine], samples=False))
 
     def build(trunk, scheme, num_rows: int, capacity: int, draft_length: int) -> SingleCacheDrafter:
         return drafter_class(trunk, scheme, num_rows, capacity, convention)
@@ -139,7 +140,7 @@ def test_the_wrong_beginning_of_a_row_is_caught(engine: str):
     others = [SingleCacheConvention(first, zeroes) for first in (0, -1) for zeroes in (False, True)]
     for convention in others:
         found = difference(engine, model_with_random_norms(0), 1, 0, convention=convention)
-        assert (found < 1e-4) == (convention == SINGLE_CACHE[engine])
+        assert (found < 1e-4) == (convention == replace(SINGLE_CACHE[engine], samples=False))
 
 
 @torch.inference_mode()
@@ -160,8 +161,10 @@ def test_the_first_draft_is_as_trained_but_for_the_beginning_of_the_row():
     trained = first_drafts(MTPDrafter(*arguments, 1), model, 1)
     unchanged = SingleCacheConvention(first_position=0, zeroes_first_embedding=False)
     assert torch.allclose(first_drafts(SingleCacheDrafter(*arguments, unchanged), model, 1), trained, atol=1e-5)
-    for engine in ENGINES:
-        assert not torch.allclose(first_drafts(SingleCacheDrafter(*arguments, SINGLE_CACHE[engine]), model, 1), trained, atol=1e-3)
+    for engine in ("vllm", "llamacpp"):
+        assert not torch.allclose(
+            first_drafts(SingleCacheDrafter(*arguments, SINGLE_CACHE[engine]), model, 1), trained, atol=1e-3
+        )
 
 
 def test_transformers_drafts_as_trained_as_many_tokens_as_there_are_modules():
@@ -177,7 +180,12 @@ def test_transformers_drafts_as_trained_as_many_tokens_as_there_are_modules():
 # ------------------------------------------------------------------------------------------------------------- requests
 
 REFUSED = {
-    "unknown": ({}, "sglang2", 1, r"unknown drafting 'sglang2'; there are: as_trained, transformers, vllm, llamacpp"),
+    "unknown": (
+        {},
+        "sglang2",
+        1,
+        r"unknown drafting 'sglang2'; there are: as_trained, recycled, transformers, vllm, llamacpp",
+    ),
     "other scheme": ({"scheme": "parallel"}, "vllm", 1, "needs the sequential scheme.*this model's is 'parallel'"),
     "trunk before its norm": (
         {"trunk_hidden": "pre_norm"},

@@ -12,6 +12,7 @@ import nextn
 
 def test_public_names_are_these():
     assert nextn.__all__ == [
+        "Decoder",
         "GenerationResult",
         "MTPConfig",
         "MTPModel",

@@ -1,176 +1,404 @@
-"""`nextn bench`: decoding speed and acceptance of one checkpoint at several draft lengths, beside plain decoding."""
+"""`nextn bench`: what drafting brings with one checkpoint, beside plain decoding, and whether to use it."""
 
 from __future__ import annotations
 
 import statistics
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 import nextn
 from nextn.checkpoint import write_json
 from nextn.cli.output import figures_table, interruptible, messages, status
 from nextn.decoding.engine_drafts import AS_TRAINED, DRAFTING
-from nextn.decoding.request import resolve_draft_length
+from nextn.decoding.policy import policy_of
+from nextn.decoding.request import longest_draft, resolve_draft_length, resolve_verifier
+from nextn.decoding.sampling import SamplingConfig
+from nextn.decoding.verify import VERIFIERS
 from nextn.errors import GenerationError
 from nextn.mtp import MTPModel, find_checkpoint
-from nextn.report.html import plural
-from nextn.report.measurement import TimedDecodings, mean_repeated_share, time_decodings
-from nextn.report.prompts import HELD_OUT, PromptSet, check_prompt_set, prompt_set
+from nextn.report.approaches import Approach
+from nextn.report.bench import BenchReport, DraftLength, Setting, SettingFigures, arms_of
+from nextn.report.bench_page import write_page
+from nextn.report.bench_run import Plan, approaches_of, measure, prompt_sets
+from nextn.report.html import count, duration, plural
+from nextn.report.peers import PEERS, TRANSFORMERS, PeerFigures, check_peers
+from nextn.report.prompts import CODE, HELD_OUT, check_prompt_set
 from nextn.report.provenance import collect
-from nextn.report.schema import DecodingArm
 from nextn.tables import to_table
+
+FULL = {"batch_sizes": "1,4,16", "temperatures": "0,1", "context": "128,768"}
+"""What `--full` measures, where an option does not say otherwise."""
+
+FULL_DRAFT_LENGTH = 5
+
+WIDTH = 120
+"""Columns where the output is no terminal."""
+
+USUAL = {"batch_sizes": "1", "temperatures": "0,1", "context": ""}
+
+LOSSY = tuple(name for name, verifier in VERIFIERS.items() if not verifier.is_lossless)
 
 
 def bench(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder (its last checkpoint is taken).")],
     prompts: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Option(
-            metavar="FILE.jsonl",
-            help='Prompts, one object {"prompt": "..."} a line. Default: the text held out of the run\'s training.',
+            metavar="SET",
+            help='A file with one {"prompt": "..."} a line, held-out, code, story:PATH, humaneval or mtbench; may be '
+            "repeated. Default: text held out of the run's training, or code.",
         ),
     ] = None,
     num_prompts: Annotated[
-        int | None, typer.Option(min=1, help="Held-out prompts decoded. Default: as trained.")
+        int | None, typer.Option(min=1, help="Prompts decoded. Default: as trained; all of a file.")
     ] = None,
     draft_lengths: Annotated[
         str | None,
         typer.Option(
             metavar="N,N,...",
-            help="Numbers of drafted tokens to try; 0, plain decoding, is always measured. Default: 0 to 3, or as many "
-            "as the scheme can draft.",
+            help="Drafted tokens to try, and adaptive; plain decoding is always measured. Default: 1 to 3, or as many "
+            "as the scheme can draft, and adaptive.",
         ),
     ] = None,
+    batch_sizes: Annotated[str | None, typer.Option(metavar="B,B,...", help="Rows at a time. Default: 1.")] = None,
+    temperatures: Annotated[
+        str | None,
+        typer.Option("--temperatures", "--temperature", metavar="T,T,...", help="0 is greedy. Default: 0,1."),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T,T,...",
+            help="Prompt lengths in tokens, at most what the model has room for. Default: as trained.",
+        ),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Batch 1, 4, 16; temperature 0, 1; prompts of 128, 768 tokens; N up to 5.")
+    ] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="Do not compile: starts at once, and is slower.")] = False,
     as_: Annotated[
-        str, typer.Option("--as", metavar="ENGINE", help=f"Draft as that engine does: {', '.join(DRAFTING)}.")
+        str, typer.Option("--as", metavar="ENGINE", help=f"Draft as that engine does, eagerly: {', '.join(DRAFTING)}.")
     ] = AS_TRAINED,
+    verifier: Annotated[
+        str | None,
+        typer.Option(help=f"Also one lossy arm, with the share it changes: {', '.join(LOSSY)}, or typical:0.1,0.3."),
+    ] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option("--max-new-tokens", "-n", min=2, help="Tokens per prompt. Default: as trained; 128."),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats of each draft length.")] = 3,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repeats of each arm.")] = 3,
+    draft_model: Annotated[
+        Path | None, typer.Option(help="A smaller model with the same tokenizer: also measure drafting with it.")
+    ] = None,
+    standard: Annotated[
+        Path | None, typer.Option(help="The same recipe trained without MTP: also measure it, and compare approaches.")
+    ] = None,
+    parallel: Annotated[
+        Path | None, typer.Option(help="A model whose drafts are independent: also measure it, and compare approaches.")
+    ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help=f"Other engines: {', '.join(PEERS)}, or none. Default: transformers."),
+    ] = None,
+    engines: Annotated[Path, typer.Option(help="Where make engines has installed them.")] = Path(".engines"),
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     json: Annotated[Path | None, typer.Option(help="Also write the figures and their provenance to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write them as a page.")] = None,
 ) -> None:
-    """Measure decoding, plain and with drafts, in turn in one process: tokens per second, speedup, acceptance.
+    """Measure decoding with drafts beside plain decoding, all arms in turn, and say whether to use it.
 
-    AL is the mean acceptance length, "acceptance" the share of cycles that accept the first, second, ... draft, "same"
-    the outputs equal to plain decoding. Greedy text that repeats itself flatters acceptance: look at the column
-    "repeated", and at --temperature 1 too.
-
-    `--as` changes which tokens are drafted, so AL and acceptance are that engine's; tokens per second stay nextn's.
+    Speedup is the wall clock of the fastest plain decoding over the arm's, median and range. AL is the mean acceptance
+    length, "accepted" the share of cycles that accept the first, second, ... draft, "same" the greedy outputs equal
+    to eager plain decoding; v and c are the cost of a verifying forward and of a drafted token in plain steps, from
+    which the predicted speedup follows. Greedy text that repeats itself flatters acceptance: look at temperature 1 too.
 
     Examples:
 
         nextn bench runs/demo
 
-        nextn bench runs/demo --temperature 1 --draft-lengths 1,2,4 --repeats 5 --json bench.json
+        nextn bench runs/demo --eager --draft-lengths 2 --temperature 0 --num-prompts 4
 
-        nextn bench runs/demo --prompts prompts.jsonl --as vllm
+        nextn bench runs/demo --full --html bench.html --json bench.json
+
+        nextn bench runs/demo --prompts code --prompts my.jsonl --peers transformers,vllm,llamacpp
+
+        nextn bench runs/mtp --standard runs/plain --draft-model runs/small --parallel runs/parallel
     """
-    if prompts is not None and num_prompts is not None:
-        raise GenerationError("--num-prompts is about held-out prompts; with --prompts all of the file's are decoded")
+    defaults = FULL if full else USUAL
+    sizes = _numbers("--batch-sizes", batch_sizes or defaults["batch_sizes"], int)
+    warmths = _numbers("--temperatures", temperatures or defaults["temperatures"], float)
+    lengths = _numbers("--context", context or defaults["context"], int) or [None]
+    for temperature in warmths:
+        SamplingConfig(temperature)
+    if min(sizes) < 1 or min(length or 1 for length in lengths) < 1:
+        raise GenerationError(f"--batch-sizes and --context take numbers above 0, got {sizes} and {lengths}")
+    if verifier is not None:
+        if verifier.partition(":")[0] not in LOSSY:
+            raise GenerationError(f"--verifier adds a lossy arm: {', '.join(LOSSY)}; got {verifier!r}")
+        resolve_verifier(verifier, SamplingConfig())
+    wanted_peers = _peers(peers, engines)
     folder = find_checkpoint(path)
-    name = HELD_OUT if prompts is None else str(prompts)
-    check_prompt_set(name)
-    model = nextn.load(folder, device=device, dtype=dtype)
-    lengths = _draft_lengths(model, draft_lengths, as_)
+    names = prompts or [HELD_OUT if (folder / "recipe.json").exists() else CODE]
+    for name in names:
+        check_prompt_set(name)
     console = messages()
-    with status(console) as say:
-        given = prompt_set(name, model, folder, num_prompts, max_new_tokens, say=say)
-    with (
-        interruptible(console, "nothing was written"),
-        Progress(console=console, disable=not console.is_terminal) as bar,
-    ):
-        task = bar.add_task("decoding", total=len(lengths) * repeats)
-        if not console.is_terminal:
-            console.print(f"decoding {plural(len(given.prompts), 'prompt')}, each draft length in turn")
-        timed = time_decodings(
-            model,
-            given.prompts,
-            lengths,
-            max_new_tokens=given.max_new_tokens,
-            temperature=temperature,
-            num_repeats=repeats,
-            drafting=as_,
-            progress=lambda: bar.advance(task),
+    models = {"mtp": nextn.load(folder, device=device, dtype=dtype)}
+    folders = {"mtp": folder}
+    for key, other in {"standard": standard, "draft_model": draft_model, "parallel": parallel}.items():
+        if other is not None:
+            folders[key] = find_checkpoint(other)
+            models[key] = nextn.load(folders[key], device=device, dtype=dtype)
+    model = models["mtp"]
+    if parallel is not None and models["parallel"].scheme is None:
+        raise GenerationError(
+            f"--parallel {parallel} has no MTP depths, so it cannot draft; name one that was trained with them"
         )
-    arm_name = "greedy" if temperature == 0 else "sampled"
-    arms = [timed.arm(arm_name, length) for length in lengths if length]
-    title = (
-        f"{arm_name}, {plural(len(given.prompts), 'prompt')}, {given.max_new_tokens} tokens each, "
-        f"{plural(repeats, 'repeat')}, {dtype}" + ("" if as_ == AS_TRAINED else f", drafted as {as_} does")
+    arms = arms_of(
+        model,
+        _draft_lengths(model, draft_lengths, as_, FULL_DRAFT_LENGTH if full else None),
+        compiled=not eager and as_ == AS_TRAINED,
+        drafting=as_,
+        verifier=verifier,
+        **{key: models[key] for key in ("draft_model", "standard", "parallel") if key in models},
     )
-    _print_table(Console(), title, timed, arms)
+    with status(console) as say:
+        sets = prompt_sets(names, lengths, model, folder, num_prompts, max_new_tokens, max(sizes), say)
+    plan = Plan(
+        settings=tuple(
+            (Setting(name, given.source.get("prompt_length"), size, temperature), given)
+            for size in sizes
+            for name, given in sets
+            for temperature in warmths
+        ),
+        arms=tuple(arms),
+        num_repeats=repeats,
+        peers=tuple(wanted_peers),
+        peers_are_wanted=peers is not None,
+        engines=engines,
+        dtype=dtype,
+        folder=folder,
+        model=model,
+    )
+    with interruptible(console, "nothing was written"), _Progress(console, plan.num_runs) as progress:
+        measured, peers_found, notes = measure(plan, progress)
     if as_ != AS_TRAINED:
-        console.print(f"AL and acceptance are those of {as_}'s drafts; tokens per second are nextn's, not {as_}'s")
+        notes.append(f"AL and acceptance are those of {as_}'s drafts; tokens per second are nextn's, not {as_}'s")
+    if repeats == 1:
+        notes.append("one repeat has no range, so whether a gain is more than noise is not known")
+    report = BenchReport.of_settings(
+        str(path),
+        measured,
+        peers=peers_found,
+        approaches=approaches_of(folders, models, measured[0]) if len(models) > 1 else (),
+        notes=tuple(notes),
+        options={
+            "drafting": as_,
+            "compiled": not eager and as_ == AS_TRAINED,
+            "num_repeats": repeats,
+            "dtype": dtype,
+            "peers": wanted_peers,
+        },
+        provenance=collect(seed=0, device=device, corpus={"prompt_sets": [given.source for _, given in sets]}),
+    )
+    output = Console()
+    _print(output if output.is_terminal else Console(width=WIDTH), report)
     if json is not None:
-        write_json(json, _figures(timed, arms, given, as_, dtype, device))
+        write_json(json, to_table(report))
+    if html is not None:
+        write_page(report, html)
+        console.print(f"report: {html}")
 
 
-def _draft_lengths(model: MTPModel, wanted: str | None, drafting: str) -> list[int]:
-    """Each N once, in growing order, 0 among them. Raises GenerationError for one that this model cannot draft."""
+# ------------------------------------------------------------------------------------------------------ what was asked
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    """Numbers separated by commas, each once, in their order. Raises GenerationError."""
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(","))) if text else []
+    except ValueError:
+        raise GenerationError(f"{option} takes numbers separated by commas, such as 1,4; got {text!r}") from None
+
+
+def _draft_lengths(model: MTPModel, wanted: str | None, drafting: str, usual: int | None) -> list[DraftLength]:
+    """Each N once, in growing order, adaptive last; 1 to `usual` where no N is wanted, as far as the scheme can draft.
+
+    Raises GenerationError for an N that this model cannot draft.
+    """
     if wanted is None:
         longest = resolve_draft_length(model, None, drafting)
-        return [0, longest] if drafting == "transformers" and longest else list(range(longest + 1))
+        if drafting != AS_TRAINED:
+            return [longest] if drafting == "transformers" else list(range(1, longest + 1))
+        if usual is not None and longest:
+            most = longest_draft(model)
+            longest = usual if most is None else min(usual, most)
+        return [*range(1, longest + 1), "adaptive"] if longest else []
+    parts = [part.strip() for part in wanted.split(",")]
     try:
-        lengths = {int(length) for length in wanted.split(",")}
+        fixed = {int(part) for part in parts if part != "adaptive"}
     except ValueError:
         raise GenerationError(
-            f"--draft-lengths takes whole numbers separated by commas, such as 0,1,2,3; got {wanted!r}"
+            f"--draft-lengths takes whole numbers and adaptive, separated by commas, such as 1,2,3,adaptive; "
+            f"got {wanted!r}"
         ) from None
-    return sorted({0} | {resolve_draft_length(model, length, drafting) for length in lengths})
+    lengths: list[DraftLength] = sorted({resolve_draft_length(model, length, drafting) for length in fixed} - {0})
+    if "adaptive" in parts:
+        if drafting != AS_TRAINED or policy_of("adaptive", longest_draft(model)).longest == 0:
+            raise GenerationError("adaptive needs MTP depths that draft as trained; leave it out of --draft-lengths")
+        lengths.append("adaptive")
+    return lengths
 
 
-def _print_table(console: Console, title: str, timed: TimedDecodings, arms: list[DecodingArm]) -> None:
-    """One row per N.
+def _peers(wanted: str | None, engines: Path) -> list[str]:
+    """Names of peers. Raises ConfigError for an unknown one, or one that is not installed."""
+    if wanted is None:
+        return [TRANSFORMERS]
+    names = [name for name in dict.fromkeys(part.strip() for part in wanted.split(",")) if name not in ("", "none")]
+    check_peers(names, engines)
+    return names
 
-    Rates and speedups are medians with their range; acceptance is unconditional, one share per drafted token; `same`
-    counts outputs equal to plain decoding.
-    """
-    headings = ("N", "AL", "acceptance", "tok/s", "range", "speedup", "range", "same", "repeated")
+
+class _Progress:
+    """A bar with the time left on a terminal; elsewhere a line at the beginning of each setting."""
+
+    def __init__(self, console: Console, num_runs: int):
+        self._console, self._num_runs, self._num_done = console, num_runs, 0
+        self._bar = Progress(console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("", total=num_runs)
+        self._started = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def begin(self, text: str) -> None:
+        """A setting begins."""
+        left = ""
+        if self._num_done:
+            per_run_s = (time.monotonic() - self._started) / self._num_done
+            left = f" (about {duration(per_run_s * (self._num_runs - self._num_done))} left)"
+        self._console.print(text + left)
+
+    def describe(self, text: str) -> None:
+        """Tell what is being done."""
+        self._bar.update(self._task, description=text)
+
+    def advance(self, arm: str) -> None:
+        """A run is done."""
+        self._num_done += 1
+        self._bar.update(self._task, description=arm, advance=1)
+
+
+# ----------------------------------------------------------------------------------------------------------- the tables
+
+
+def _print(console: Console, report: BenchReport) -> None:
+    """A table per setting, then peers, approaches, notes and the verdict."""
+    for figures in report.settings:
+        console.print(_arms_table(figures))
+    if report.peers:
+        for setting in dict.fromkeys(peer.setting for peer in report.peers):
+            console.print(_peers_table(setting, [peer for peer in report.peers if peer.setting == setting]))
+    if report.approaches:
+        console.print(_approaches_table(report.approaches, report.settings[0].setting))
+    for line in (*report.notes, *report.verdicts):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    console.print(f"verdict: {report.summary}", style="bold", soft_wrap=True, markup=False, highlight=False)
+
+
+def _arms_table(figures: SettingFigures) -> Table:
+    """One row per arm; rates and speedups are medians with their range, acceptance is unconditional, in percent."""
+    repeated = figures.arms[0].repeated_text_share
+    title = (
+        f"{figures.setting.name}: {plural(figures.num_prompts, 'prompt')}, {figures.max_new_tokens} tokens each, "
+        f"repeated text {repeated:.0%}"
+    )
+    headings = ("arm", "AL", "v", "c", "pred.", "speedup", "range", "tok/s", "same", "accepted %")
     table = figures_table(title, headings)
-    repeated = mean_repeated_share(timed.results[0].token_ids)
-    table.add_row("0", "1.00", "-", *_rates(timed.tok_per_s[0]), "1.00x", "-", "-", f"{repeated:.0%}")
-    for arm in arms:
+    table.padding = (0, 0)
+    for column in table.columns[1:-1]:
+        column.no_wrap = True
+    for arm in figures.arms:
         compared = arm.num_compared_outputs
+        same = "-" if compared is None else f"{arm.num_identical_outputs}/{compared}"
         table.add_row(
-            str(arm.draft_length),
-            f"{arm.mean_acceptance_length:.2f}",
-            "/".join("-" if share is None else f"{share:.2f}" for share in arm.acceptance_unconditional),
-            *_rates(arm.speculative_tok_per_s),
+            arm.name,
+            "-" if arm.is_plain else f"{arm.mean_acceptance_length:.2f}",
+            _fixed(arm.verify_cost),
+            "-" if arm.is_plain else _fixed(arm.draft_cost),
+            "-" if arm.is_plain else _fixed(arm.predicted_speedup),
             f"{arm.speedup.median:.2f}x",
             f"{arm.speedup.lowest:.2f}-{arm.speedup.highest:.2f}",
-            "-" if compared is None else f"{arm.num_identical_outputs}/{compared}",
-            f"{arm.repeated_text_share_speculative:.0%}",
+            f"{statistics.median(arm.decode_tok_per_s):.0f}",
+            same if arm.is_lossless else f"{arm.changed_share:.0%} other",
+            " ".join("-" if share is None else f"{100 * share:.0f}" for share in arm.acceptance_unconditional) or "-",
         )
-    console.print(table)
+    return table
 
 
-def _rates(tok_per_s: tuple[float, ...]) -> tuple[str, str]:
-    return f"{statistics.median(tok_per_s):.0f}", f"{min(tok_per_s):.0f}-{max(tok_per_s):.0f}"
+def _peers_table(setting: str, peers: Sequence[PeerFigures]) -> Table:
+    """Rates include reading the prompt; speedup is over the same engine's plain decoding."""
+    table = figures_table(
+        f"other engines, prompts included: {setting}", ("engine", "N", "AL", "tok/s", "range", "speedup", "same")
+    )
+    for peer in peers:
+        rates = peer.end_to_end_tok_per_s
+        table.add_row(
+            peer.engine,
+            str(peer.draft_length),
+            f"{peer.mean_acceptance_length:.2f}" if peer.draft_length else "-",
+            f"{statistics.median(rates):.0f}",
+            f"{min(rates):.0f}-{max(rates):.0f}",
+            f"{peer.speedup.median:.2f}x",
+            f"{peer.num_identical_outputs}/{peer.num_compared_outputs}",
+        )
+    return table
 
 
-def _figures(
-    timed: TimedDecodings, arms: list[DecodingArm], given: PromptSet, drafting: str, dtype: str, device: str
-) -> dict[str, Any]:
-    """What was measured and how, ready for JSON."""
-    return {
-        "plain_tok_per_s": list(timed.tok_per_s[0]),
-        "arms": [to_table(arm) for arm in arms],
-        "settings": {
-            "drafting": drafting,
-            "temperature": timed.temperature,
-            "num_prompts": len(given.prompts),
-            "max_new_tokens": given.max_new_tokens,
-            "num_repeats": len(timed.tok_per_s[0]),
-            "dtype": dtype,
-        },
-        "provenance": collect(seed=0, device=device, corpus=given.source),
-    }
+def _approaches_table(rows: Sequence[Approach], setting: Setting) -> Table:
+    headings = (
+        "approach",
+        "training",
+        "tokens",
+        "bits/byte",
+        "parameters",
+        "extra",
+        "tok/s",
+        "speedup",
+        "decoded with",
+    )
+    table = figures_table(f"four approaches, {setting.name}", headings)
+    table.padding = (0, 0)
+    for row in rows:
+        table.add_row(
+            row.name,
+            "-" if row.training_s is None else duration(row.training_s),
+            _count(row.num_training_tokens),
+            _fixed(row.bits_per_byte, 3),
+            _count(row.num_parameters),
+            _count(row.num_extra_parameters),
+            _fixed(row.decode_tok_per_s, 0),
+            "-" if row.speedup is None else f"{row.speedup:.2f}x",
+            row.arm,
+        )
+    return table
+
+
+def _fixed(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else count(value)

@@ -1,76 +1,259 @@
-"""`nextn generate`: continue a text, and show which tokens were drafted."""
+"""`nextn generate`: continue texts, and show which tokens were drafted."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 import nextn
-from nextn.cli.output import messages
-from nextn.decoding import GenerationResult
-from nextn.errors import GenerationError
+from nextn.cli.output import interruptible, messages
+from nextn.decoding import Decoder, GenerationResult, SamplingConfig
+from nextn.decoding.decoder import PROMPT_LOOKUP
+from nextn.decoding.request import resolve_verifier
+from nextn.decoding.vocabulary import DraftVocabulary
+from nextn.errors import DeviceError, GenerationError
+from nextn.model.prepared import WEIGHT_FORMS, WeightForm
 from nextn.mtp import MTPModel
 from nextn.report.schema import pieces_of
+from nextn.training.hardware import require_compiler
 
 DEPTH_STYLES = ("", "black on #6ad4f5", "black on #7fe58a", "black on #f5dd8a", "black on #ff9a70", "black on #e88af5")
-"""Colour of a token by its depth: none for the trunk's own; depths beyond the last take the last.
+"""Colour of a token by its place in the draft: none for the trunk's own; places beyond the last take the last.
 
 Strong enough to stay five different colours where a terminal has sixteen.
 """
+
+ADAPTIVE: Literal["adaptive"] = "adaptive"
+DraftLength = int | Literal["adaptive"] | None
+
+SAMPLING, DRAFTING, MACHINE = "Sampling", "Drafting and verification", "Machine"
 
 
 def generate(
     path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder (its last checkpoint is taken).")],
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; may be repeated. '-' reads it in.")
+        list[str] | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; may be repeated. '-' reads it in."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to add.")] = 128,
-    draft_length: Annotated[
-        int | None,
-        typer.Option(help="N, tokens drafted per cycle; 0 is plain decoding. Default: 3, or what the scheme can do."),
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End a text before this string; may be repeated.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Sample among the k most likely tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this total share.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print as it is decoded; on a terminal one prompt always is.")
+    ] = False,
     show_drafts: Annotated[
         bool, typer.Option("--show-drafts", help="Colour each token by where it came from, and count acceptance.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample among the k most likely tokens.", rich_help_panel=SAMPLING)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample among the likeliest tokens of this total share.", rich_help_panel=SAMPLING),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Sample among tokens at least this many times as likely as the likeliest.", rich_help_panel=SAMPLING
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens seen before are less likely.", rich_help_panel=SAMPLING)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.", rich_help_panel=SAMPLING)] = 0,
+    draft_length: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|adaptive",
+            help="Tokens drafted per cycle; 0 is plain decoding; adaptive: what is fastest, as measured on the way. "
+            "Default: 3, or what the scheme can do.",
+            rich_help_panel=DRAFTING,
+        ),
+    ] = None,
+    drafter: Annotated[
+        str,
+        typer.Option(
+            metavar="mtp|prompt_lookup|PATH",
+            help="What drafts: the MTP depths, the text itself, or another model of the same vocabulary.",
+            rich_help_panel=DRAFTING,
+        ),
+    ] = "mtp",
+    min_confidence: Annotated[
+        float | None,
+        typer.Option(
+            help="End a draft when the product of its probabilities falls below this.", rich_help_panel=DRAFTING
+        ),
+    ] = None,
+    draft_vocabulary: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.json", help="The only tokens that the depths draft.", rich_help_panel=DRAFTING),
+    ] = None,
+    verifier: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="auto: lossless (exact, or rejection with a temperature). Lossy: threshold:T, typical:EPSILON,DELTA.",
+            rich_help_panel=DRAFTING,
+        ),
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded at a time.", rich_help_panel=MACHINE)] = 1,
+    weights: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(WEIGHT_FORMS),
+            help="packed: the same numbers, read faster. int8: rounded, another model.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = "packed",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the steps first: seconds to minutes.", rich_help_panel=MACHINE)
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...", rich_help_panel=MACHINE)] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel=MACHINE)] = "float32",
 ) -> None:
-    """Continue a text, losslessly: the output does not depend on the draft length.
+    """Continue texts, losslessly: the output does not depend on what is drafted, unless a lossy verifier is asked for.
 
     Examples:
 
         nextn generate runs/demo -p "def read_file(path):" --show-drafts
 
         nextn generate runs/demo -p "import os" --temperature 0.8 --top-p 0.95 --seed 1
+
+        nextn generate runs/demo -p "import os" -p "class A" --batch-size 2 --draft-length adaptive --stop "return"
+
+        nextn generate runs/demo -p "def main(" --verifier typical:0.1,0.3 --draft-length 5
     """
     prompts = [_standard_input() if text == "-" else text for text in prompt or ()]
     if not prompts:
         raise GenerationError('no prompt; give one with -p "TEXT", or -p - to read standard input')
+    if temperature == 0 and (top_k, top_p, min_p) != (None, None, None):
+        messages().print(
+            "--top-k, --top-p and --min-p have no effect at temperature 0 (greedy); add --temperature to sample"
+        )
+        top_k = top_p = min_p = None
+    sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty)
+    rule, length = resolve_verifier(verifier, sampling), _draft_length(draft_length)
+    if stream:
+        _refuse_to_stream(show_drafts, not rule.is_lossless, batch_size > 1 and len(prompts) > 1)
+    if drafter != "mtp" and (min_confidence, draft_vocabulary) != (None, None):
+        raise GenerationError(
+            f"--min-confidence and --draft-vocabulary are about drafts of the MTP depths; with --drafter {drafter} "
+            "leave them out"
+        )
     model = nextn.load(path, device=device, dtype=dtype)
-    if model.scheme is None and draft_length is None:
-        messages().print("this model has no MTP depths: decoding plainly")
-    if temperature == 0 and (top_k, top_p) != (None, None):
-        messages().print("--top-k and --top-p have no effect at temperature 0 (greedy); add --temperature to sample")
-        top_k = top_p = None
-    result = nextn.generate(
+    if model.scheme is None and drafter == "mtp" and length in (None, ADAPTIVE):
+        messages().print("this model has no MTP depths: decoding plainly; --drafter prompt_lookup drafts without them")
+    if weights == "int8":
+        messages().print("int8: weights rounded to 8 bits are another model; its text is not the checkpoint's")
+    if compiled:
+        _require_compiler(model)
+    decoder = Decoder(
         model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        draft_length=draft_length,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
+        batch_size=batch_size,
+        draft_length=length,
+        drafter=_drafter(drafter, device, dtype),
+        min_confidence=min_confidence,
+        draft_vocabulary=None if draft_vocabulary is None else DraftVocabulary.load(draft_vocabulary),
+        verifier=rule,
+        weights=cast(WeightForm, weights),
+        compiled=compiled,
+        say=lambda step: messages().print(" ".join(step.split()[:2])),  # the whole key is long
     )
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "eos_token_id": None if ignore_eos else "auto",
+        "stop": stop or (),
+    }
+    if stream or (sys.stdout.isatty() and len(prompts) == 1 and rule.is_lossless and not show_drafts):
+        with interruptible(messages(), "the text ends here"):
+            _print_stream(decoder, prompts, settings)
+        return
+    with interruptible(messages(), "nothing was printed; --stream prints what is decoded at once"):
+        result = decoder.generate(prompts, **settings)
+    _print_result(model, prompts, result, show_drafts)
+    if show_drafts:
+        _print_statistics(messages(), result, length)
+    if not rule.is_lossless:
+        num_new, lossless = sum(map(len, result.token_ids)), "exact" if sampling.is_greedy else "rejection"
+        messages().print(
+            f"verifier {rule.name!r} is lossy: {result.num_changed_tokens} of {num_new} new tokens "
+            f"({result.changed_share:.1%}) are drafts that {lossless!r} would have refused"
+        )
+
+
+def _draft_length(text: str | None) -> DraftLength:
+    if text is None:
+        return None
+    if text == ADAPTIVE:
+        return ADAPTIVE
+    try:
+        return int(text)
+    except ValueError:
+        raise GenerationError(f"--draft-length takes a whole number or {ADAPTIVE!r}, got {text!r}") from None
+
+
+def _drafter(name: str, device: str, dtype: str) -> str | MTPModel:
+    if name in ("mtp", PROMPT_LOOKUP):
+        return name
+    if not Path(name).exists():
+        raise GenerationError(f"--drafter takes mtp, {PROMPT_LOOKUP} or the path of a model; there is no {name!r} here")
+    return nextn.load(name, device=device, dtype=dtype)
+
+
+def _refuse_to_stream(show_drafts: bool, is_lossy: bool, interleaves: bool) -> None:
+    """Raise GenerationError for what is known, or can be shown, at the end only."""
+    reasons = {
+        "--show-drafts colours whole texts": show_drafts,
+        "what a lossy verifier changed is counted at the end": is_lossy,
+        "with --batch-size several texts grow at once": interleaves,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise GenerationError(f"--stream prints one text as it grows, but {reason}; leave one of them out")
+
+
+def _require_compiler(model: MTPModel) -> None:
+    try:
+        require_compiler(model.trunk.device)
+    except DeviceError:
+        raise DeviceError(
+            "--compile needs a C++ compiler on a CPU and none of $CXX, g++, clang++, c++ was found; "
+            "install one (Debian: apt-get install g++) or leave --compile out"
+        ) from None
+
+
+def _print_stream(decoder: Decoder, prompts: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """One text after the other, as they are decoded; the same characters as without streaming."""
+    print(prompts[0], end="", flush=True)
+    number = 0
+    try:
+        for piece in decoder.stream(prompts, **settings):
+            if piece.number != number:
+                number = piece.number
+                print()
+                Console().rule()
+                print(prompts[number], end="")
+            print(piece.text, end="", flush=True)
+    finally:
+        print()
+
+
+def _print_result(model: MTPModel, prompts: Sequence[str], result: GenerationResult, show_drafts: bool) -> None:
     console = Console(soft_wrap=True, highlight=False)
     for index, text in enumerate(prompts):
         if index:
@@ -80,8 +263,6 @@ def generate(
             console.print(_coloured(model, result, index))
         else:  # as it is, tabs included: what is piped into a file must be the model's text
             print(text + result.texts[index])
-    if show_drafts:
-        _print_statistics(messages(), result)
 
 
 def _standard_input() -> str:
@@ -103,15 +284,15 @@ def _coloured(model: MTPModel, result: GenerationResult, index: int) -> Text:
     return text
 
 
-def _print_statistics(console: Console, result: GenerationResult) -> None:
-    draft_length = result.stats.draft_length
+def _print_statistics(console: Console, result: GenerationResult, draft_length: DraftLength) -> None:
+    stats, num_new = result.stats, sum(map(len, result.token_ids))
     legend = Text("\ntrunk ")
-    for depth in range(1, draft_length + 1):
-        legend.append(f" depth {depth} ", style=DEPTH_STYLES[min(depth, len(DEPTH_STYLES) - 1)])
+    for place in range(1, stats.draft_length + 1):
+        legend.append(f" draft {place} ", style=DEPTH_STYLES[min(place, len(DEPTH_STYLES) - 1)])
     console.print(legend)
-    stats, num_new = result.stats, sum(len(ids) for ids in result.token_ids)
+    at_most = "adaptive, at most " if draft_length == ADAPTIVE else ""
     console.print(
         f"{num_new} tokens, {result.num_trunk_forwards} trunk forwards, {result.decode_tok_per_s:.0f} tokens/s; "
-        f"N = {draft_length}: mean acceptance length {stats.mean_acceptance_length:.2f}, "
+        f"N = {at_most}{stats.draft_length}: mean acceptance length {stats.mean_acceptance_length:.2f}, "
         f"accepted {stats.num_accepted_tokens} of {stats.num_draft_tokens} drafted"
     )

@@ -17,6 +17,7 @@ from nextn.cli.evaluate import evaluate
 from nextn.cli.export import export
 from nextn.cli.generate import generate
 from nextn.cli.train import train
+from nextn.cli.verify import verify
 from nextn.errors import NextnError
 
 app = typer.Typer(
@@ -25,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, evaluate, generate, export, bench, doctor):
+for command in (demo, train, evaluate, generate, export, bench, verify, doctor):
     app.command()(command)
 
 

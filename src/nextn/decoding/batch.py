@@ -113,18 +113,20 @@ class Batch:
             changed = self._fill(jobs, rules, policy.longest)
             if changed:
                 yield changed
+                continue  # whoever took these may have cancelled some
             if not self._rows:
                 return
             self._cycle(policy, rules)
             yield list(self._rows)
 
     def _fill(self, jobs: Iterator[Job], rules: Rules, longest: int) -> list[Row]:
-        """Rows that have ended give up their places, waiting jobs take them; returns the new rows."""
-        begun: list[Row] = []
+        """Rows that have ended give up their places, waiting jobs take them; returns rows cancelled and begun."""
+        changed: list[Row] = []
         for place in reversed(range(len(self._rows))):
             row = self._rows[place]
             if row.is_cancelled and row.finish_reason is None:
                 row.finish_reason = "cancelled"
+                changed.append(row)
             if row.finish_reason is not None:
                 self._close(place)
         while len(self._rows) < self.num_places and (job := next(jobs, None)) is not None:
@@ -132,10 +134,10 @@ class Batch:
             self._rows.append(row)
             self._randoms.append(RowRandom(job))
             self._begin(len(self._rows) - 1, row, rules, longest)
-            begun.append(row)
+            changed.append(row)
             if row.finish_reason is not None:
                 self._close(len(self._rows) - 1)
-        return begun
+        return changed
 
     def _close(self, place: int) -> None:
         """The last row of the batch takes over the place of one that ended."""
@@ -198,7 +200,7 @@ class Batch:
         most = [row.num_left - 1 for row in self._rows]
         wanted = policy.next_length() if self._steps.compiled else min(policy.next_length(), max(most))
         tokens = self._tokens()
-        # The same amount of random numbers every cycle: for the drafts, for their acceptance, for the next token.
+        # Each decision has its own number, however many tokens are drafted: a row's tokens do not depend on the others.
         uniforms = None if rules.sampling.is_greedy else self._uniforms(2 * policy.longest + 1)
         drafts = Drafts.none(len(tokens.num_known), self._trunk.device)
         if self._drafter is not None and wanted:
@@ -219,7 +221,7 @@ class Batch:
             drafts.token_ids,
             drafts.probs,
             torch.tensor(limits, device=self._trunk.device),
-            None if uniforms is None else uniforms[:, -(num_drafts + 1) :],
+            None if uniforms is None else _of_verification(uniforms, num_drafts),
             tokens.seen,
             self._steps.slots(self._slots, max(tokens.num_known) + num_drafts),
             rules,
@@ -323,3 +325,18 @@ class Batch:
         if self._trunk.device.type == "cuda":
             torch.cuda.synchronize(self._trunk.device)
 
+
+def _of_verification(uniforms: Tensor, num_drafts: int) -> Tensor:
+    """The numbers that decide n drafts and the next token, float64 [B, n + 1].
+
+    Args:
+        uniforms: of one cycle, float64 [B, 2 N + 1]: for N drafts, for their acceptance, for the next token.
+        num_drafts: n, at most N.
+
+    N = 2, one draft: column 2 decides it, column 4 chooses the next token:
+
+    >>> _of_verification(torch.arange(5)[None], 1).tolist()
+    [[2, 4]]
+    """
+    longest = uniforms.shape[1] // 2
+    return torch.cat((uniforms[:, longest : longest + num_drafts], uniforms[:, -1:]), dim=1)

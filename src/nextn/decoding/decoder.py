@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import codecs
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+from nextn.data.tokenizers import REPLACEMENT
 from nextn.decoding.baselines import DraftModelDrafter, PromptLookupDrafter
 from nextn.decoding.batch import Batch, Costs, Rules
 from nextn.decoding.draft import Drafter, DraftOptions, MTPDrafter
-from nextn.decoding.engine_drafts import AS_TRAINED, SINGLE_CACHE, SingleCacheDrafter
+from nextn.decoding.engine_drafts import AS_TRAINED, RECYCLED, SINGLE_CACHE, SingleCacheDrafter
 from nextn.decoding.policy import DraftPolicy, policy_of
 from nextn.decoding.request import (
     check_counts,
@@ -107,7 +107,7 @@ class Piece:
 
 
 class Decoder:
-    """Decodes prompts with one model, as many at a time as there are places.
+    """Decodes prompts with one model, as many at a time as there are places; one call at a time.
 
     Args:
         model: trunk and MTP depths.
@@ -153,7 +153,10 @@ class Decoder:
             raise GenerationError(
                 f"min_confidence, draft_vocabulary and drafting are about MTP drafts; the drafter is {drafter!r}"
             )
-        if drafting in SINGLE_CACHE and (compiled, min_confidence, draft_vocabulary) != (False, None, None):
+        if drafting == RECYCLED and min_confidence is not None:
+            raise GenerationError("min_confidence needs drafting = 'as_trained'")
+        emulated = drafting in SINGLE_CACHE and drafting != RECYCLED
+        if emulated and (compiled, min_confidence, draft_vocabulary) != (False, None, None):
             raise GenerationError(
                 f"drafting = {drafting!r} emulates an engine eagerly and as it drafts: without compiled steps, "
                 "min_confidence and draft_vocabulary"
@@ -167,8 +170,9 @@ class Decoder:
         self._drafting, self._options = drafting, DraftOptions(min_confidence, draft_vocabulary)
         self._model = prepared(model, weights)
         self._draft_model = None if isinstance(drafter, str) else prepared(drafter, weights)
-        self._steps = Steps(model.trunk.device, compiled, say)
+        self._compiled, self._say = compiled, say
         self._batch: Batch | None = None
+        self._current_call = object()
 
     def generate(
         self,
@@ -212,39 +216,48 @@ class Decoder:
         sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty)
         rules = self._rules(sampling, eos_token_id)
         jobs = self._jobs(prompts, max_new_tokens, seed, stop)
-        hold_back = max((len(text.encode()) - 1 for text in stop), default=0)
+        hold_back = max((len(text) - 1 for text in stop), default=0)
         return TokenStream(self._streamed(jobs, rules), self.model, hold_back)
 
-    def _streamed(self, jobs: list[Job], rules: Rules) -> Iterator[list[Row]]:
+    def _streamed(self, jobs: list[Job], rules: Rules) -> Generator[list[Row], None, None]:
         with self._evaluating():
             yield from self._decode(jobs, rules)
 
     def _decode(self, jobs: list[Job], rules: Rules) -> Iterator[list[Row]]:
-        capacity = max((job.num_total for job in jobs), default=0)
-        capacity = -(-capacity // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
-        num_places = self.batch_size if self._steps.compiled else min(self.batch_size, max(len(jobs), 1))
+        needed = max((job.num_total for job in jobs), default=0)
+        models = [self.model] if self._draft_model is None else [self.model, self._draft_model]
+        context = min(model.trunk.max_position_embeddings for model in models)
+        capacity = max(needed, min(-(-needed // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE, context))
+        num_places = self.batch_size if self._compiled else min(self.batch_size, max(len(jobs), 1))
         if self._batch is None or self._batch.capacity < capacity or self._batch.num_places < num_places:
             self._batch = self._new_batch(num_places, capacity)
         self.policy = self._new_policy() if self.policy.longest == 0 else self.policy
-        yield from self._batch.decode(iter(jobs), self.policy, rules)
+        self._current_call = call = object()
+        for rows in self._batch.decode(iter(jobs), self.policy, rules):
+            yield rows
+            if self._current_call is not call:
+                raise GenerationError(
+                    "this stream's places went to another call of the same decoder; read a stream to its end before "
+                    "the next call, decode all prompts in one call, or make a Decoder each"
+                )
 
     def _new_batch(self, num_places: int, capacity: int) -> Batch:
         trunk, scheme = self._model.trunk, self._model.scheme
+        steps = Steps(
+            trunk.device, self._compiled, self._say
+        )  # a compiled step belongs to one batch and keeps it alive
         drafter: Drafter | None = None
         if self.policy.longest:
             if self._drafter_name == PROMPT_LOOKUP:
                 drafter = PromptLookupDrafter(num_places)
             elif self._draft_model is not None:
-                drafter = DraftModelDrafter(
-                    self._draft_model.trunk, trunk.vocab_size, num_places, capacity, self._steps
-                )
+                drafter = DraftModelDrafter(self._draft_model.trunk, trunk.vocab_size, num_places, capacity, steps)
             elif scheme is not None and self._drafting in SINGLE_CACHE:
-                drafter = SingleCacheDrafter(trunk, scheme, num_places, capacity, SINGLE_CACHE[self._drafting])
+                convention = SINGLE_CACHE[self._drafting]
+                drafter = SingleCacheDrafter(trunk, scheme, num_places, capacity, convention, steps, self._options)
             elif scheme is not None:
-                drafter = MTPDrafter(
-                    trunk, scheme, num_places, capacity, self.policy.longest, self._steps, self._options
-                )
-        return Batch(trunk, drafter, num_places, capacity, self._steps)
+                drafter = MTPDrafter(trunk, scheme, num_places, capacity, self.policy.longest, steps, self._options)
+        return Batch(trunk, drafter, num_places, capacity, steps)
 
     def _new_policy(self) -> DraftPolicy:
         return policy_of(self._draft_length, self._longest, self._min_confidence)
@@ -280,14 +293,15 @@ class Decoder:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        was_training = self._model.training
-        self._model.eval()
-        if self._draft_model is not None:
-            self._draft_model.eval()
+        models = [self._model] if self._draft_model is None else [self._model, self._draft_model]
+        were_training = [model.training for model in models]
         try:
+            for model in models:
+                model.eval()
             yield
         finally:
-            self._model.train(was_training)
+            for model, was_training in zip(models, were_training, strict=True):
+                model.train(was_training)
 
     def _result(self, rows: Sequence[Row]) -> GenerationResult:
         costs = Costs() if self._batch is None else self._batch.costs
@@ -296,9 +310,7 @@ class Decoder:
             token_ids=tuple(tuple(row.token_ids) for row in rows),
             origins=tuple(tuple(row.origins) for row in rows),
             finish_reasons=tuple(row.finish_reason or "cancelled" for row in rows),
-            stats=AcceptanceStatistics.of_cycles(
-                self.policy.longest, [cycle for row in rows for cycle in row.cycles]
-            ),
+            stats=AcceptanceStatistics.of_cycles(self.policy.longest, [cycle for row in rows for cycle in row.cycles]),
             num_changed_tokens=sum(row.num_changed for row in rows),
             num_trunk_forwards=costs.num_prefills + sum(costs.num_cycles.values()),
             costs=costs,
@@ -311,8 +323,8 @@ class TokenStream:
     `cancel` may be called from any thread or task: the rows end before the next cycle, and their places go to others.
     """
 
-    def __init__(self, cycles: Iterator[list[Row]], model: MTPModel, hold_back_bytes: int):
-        self._cycles, self._model, self._hold_back = cycles, model, hold_back_bytes
+    def __init__(self, cycles: Generator[list[Row], None, None], model: MTPModel, hold_back: int):
+        self._cycles, self._model, self._hold_back = cycles, model, hold_back
         self._rows: dict[int, Row] = {}
         self._texts: dict[int, _GrowingText] = {}
         self._cancelled: set[int] = set()
@@ -335,6 +347,7 @@ class TokenStream:
         """Raises StopIteration when all rows have ended or all were cancelled."""
         while not self._waiting:
             if self._all_cancelled:
+                self._cycles.close()
                 raise StopIteration
             for row in next(self._cycles):
                 self._take(row)
@@ -367,33 +380,29 @@ class TokenStream:
 
 
 class _GrowingText:
-    """The text of a row so far, cut where no character is torn and no stop string may be under way."""
+    """The text of a row so far, cut where no character is torn and no stop string may be under way.
 
-    def __init__(self, model: MTPModel, hold_back_bytes: int):
-        self._model, self._hold_back = model, hold_back_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = b""
-        self._shown = ""
+    All of the row is decoded anew each time: what a token's text is can depend on the tokens before it.
+    """
+
+    def __init__(self, model: MTPModel, hold_back: int):
+        self._model, self._hold_back = model, hold_back
+        self._num_shown = 0
         self.num_tokens = 0
         self.is_finished = False
 
     def grow(self, row: Row) -> str:
         """Text that can be shown since the last call."""
-        tokenizer = self._model.tokenizer
-        new_ids, self.num_tokens = row.token_ids[self.num_tokens :], len(row.token_ids)
-        self.is_finished = row.finish_reason is not None
-        if tokenizer is None:
+        self.num_tokens, self.is_finished = len(row.token_ids), row.finish_reason is not None
+        if self._model.tokenizer is None:
             return ""
-        if self.is_finished:  # the whole text, exactly as `generate` gives it, less what was shown
-            return _text(self._model, row)[len(self._shown) :]
-        self._held += b"".join(tokenizer.token_bytes(token_id) for token_id in new_ids)
-        ready = len(self._held) - self._hold_back
-        if ready <= 0:
-            return ""
-        text = self._decoder.decode(self._held[:ready])
-        self._held = self._held[ready:]
-        self._shown += text
-        return text
+        text = _text(self._model, row)
+        if not self.is_finished:
+            text = text.rstrip(REPLACEMENT)  # of a torn character
+            text = text[: max(len(text) - self._hold_back, self._num_shown)]
+        new_text = text[self._num_shown :]
+        self._num_shown += len(new_text)
+        return new_text
 
 
 def _text(model: MTPModel, row: Row) -> str:

@@ -61,9 +61,8 @@ class BatchTokens:
         total = self.num_total or [self.token_ids.shape[1]] * len(self.num_known)
         return torch.tensor([list(self.num_known), list(total)], device=self.token_ids.device)
 
-
     def places(self, num_draft_tokens: int) -> Tensor:
-        """Where the next tokens of each row go, int64 [B, num_draft_tokens]; those it may not hold in its last place."""
+        """Where each row's next tokens go, int64 [B, num_draft_tokens]: those it may not hold go to its last place."""
         known, total = self.known_and_total[..., None]
         return torch.minimum(known + torch.arange(num_draft_tokens, device=known.device), total - 1)
 
@@ -142,6 +141,63 @@ class DraftOptions:
     vocabulary: DraftVocabulary | None = field(default=None, repr=False)
 
 
+class DraftHeads:
+    """From a depth's last state to the token that it drafts.
+
+    Args:
+        trunk: the model whose head depths may share.
+        scheme: the MTP depths.
+        num_depths: how many have a head.
+        options: confidence stop and draft vocabulary.
+    """
+
+    def __init__(self, trunk: Trunk, scheme: Scheme, num_depths: int, options: DraftOptions):
+        self._options = options
+        self._heads = [scheme.head(trunk, depth) for depth in range(1, num_depths + 1)]
+        if options.vocabulary is not None:
+            reduced = {head: options.vocabulary.reduced_head(head) for head in self._heads}
+            self._heads = [reduced[head] for head in self._heads]
+
+    def choose(
+        self,
+        depth: int,
+        head_input: Tensor,
+        seen: Tensor | None,
+        sampling: SamplingConfig,
+        uniforms: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Draft one token per row.
+
+        Args:
+            depth: k >= 1.
+            head_input: normed states, [B, C].
+            seen: what the repetition penalty falls on, bool [B, V] or None.
+            sampling: how the token is chosen.
+            uniforms: float64 [B]; None when greedy.
+
+        Returns:
+            Drafts int64 [B]; their distributions float32 [B, V], None when greedy; the drafts' probabilities [B], None
+            unless a draft may stop for them.
+        """
+        vocabulary = self._options.vocabulary
+        if vocabulary is not None and seen is not None:
+            seen = seen[:, vocabulary.ids]
+        logits = self._heads[depth - 1](head_input)
+        probs = None if sampling.is_greedy else transform(logits, sampling, seen)
+        if probs is None:
+            chosen = (logits if seen is None else penalise(logits, seen, sampling)).argmax(-1)
+        else:
+            chosen = choose(probs, uniforms)
+        confidence = None
+        if self._options.min_confidence is not None:
+            shares = logits.float().softmax(-1) if probs is None else probs
+            confidence = shares.gather(1, chosen[:, None])[:, 0]
+        if vocabulary is not None:
+            chosen = vocabulary.to_full(chosen)
+            probs = None if probs is None else vocabulary.spread(probs)
+        return chosen, probs, confidence
+
+
 class MTPDrafter:
     """The state of drafting for B rows: one cache layer and one buffer of carried states per depth.
 
@@ -180,12 +236,7 @@ class MTPDrafter:
         self._states = [torch.zeros(shape, dtype=dtype, device=trunk.device) for _ in range(draft_length)]
         # num_read[k][b]: depth k has read positions 0..num_read-1 of row b, from tokens that are final.
         self._num_read = {depth: [0] * num_rows for depth in range(1, draft_length + 1)}
-        vocabulary = self._options.vocabulary
-        self._heads = [scheme.head(trunk, depth) for depth in range(1, draft_length + 1)]
-        if vocabulary is not None:
-            reduced = {id(head): head for head in self._heads}
-            reduced = {number: vocabulary.reduced_head(head) for number, head in reduced.items()}
-            self._heads = [reduced[id(head)] for head in self._heads]
+        self._heads = DraftHeads(trunk, scheme, draft_length, self._options)
 
     def begin(self, place: int, token_ids: Tensor, num_known: int) -> None:
         """See `Drafter`; every depth reads the row's final positions."""
@@ -294,44 +345,21 @@ class MTPDrafter:
             state = self._scheme.step(self._trunk, depth, carried, token_ids.gather(1, embedded), context, cache)
             if depth < len(self._states):
                 self._store(depth, 0, positions, state.carry)
-            logits = self._heads[depth - 1](state.head_input[:, -1])
             if seen is not None:
-                before = token_ids.gather(1, torch.minimum(known[:, None] + torch.arange(depth - 1), last_place))
-                seen_now = seen_after(seen, before)[:, -1]
+                drafted = known[:, None] + torch.arange(depth - 1, device=known.device)
+                seen_now = seen_after(seen, token_ids.gather(1, torch.minimum(drafted, last_place)))[:, -1]
             else:
                 seen_now = None
-            chosen, probs, confidence = self._choose(
-                logits, seen_now, sampling, None if uniforms is None else uniforms[:, depth - depths.start]
-            )
+            drawn = None if uniforms is None else uniforms[:, depth - depths.start]
+            chosen, probs, confidence = self._heads.choose(depth, state.head_input[:, -1], seen_now, sampling, drawn)
             token_ids.scatter_(1, torch.minimum(known[:, None] + (depth - 1), last_place), chosen[:, None])
             ids.append(chosen)
             if probs is not None:
                 all_probs.append(probs)
         return torch.stack(ids, dim=1), torch.stack(all_probs, dim=1) if all_probs else None, confidence
 
-    def _choose(
-        self, logits: Tensor, seen: Tensor | None, sampling: SamplingConfig, uniforms: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """From the head's logits [B, V or D]: the drafts, their distributions over V and their probabilities [B]."""
-        vocabulary = self._options.vocabulary
-        if vocabulary is not None and seen is not None:
-            seen = seen[:, vocabulary.ids]
-        probs = None if sampling.is_greedy else transform(logits, sampling, seen)
-        if probs is None:
-            chosen = (logits if seen is None else penalise(logits, seen, sampling)).argmax(-1)
-        else:
-            chosen = choose(probs, uniforms)
-        confidence = None
-        if self._options.min_confidence is not None:
-            shares = logits.float().softmax(-1) if probs is None else probs
-            confidence = shares.gather(1, chosen[:, None])[:, 0]
-        if vocabulary is not None:
-            chosen = vocabulary.to_full(chosen)
-            probs = None if probs is None else vocabulary.spread(probs)
-        return chosen, probs, confidence
-
     def _longest_unread(self, ends: Sequence[int], depths: range) -> int:
-        """Positions before `ends` that some row has still to read at some depth; at least the last, whose state counts."""
+        """Positions before `ends` that some row has still to read at some depth; at least the last one."""
         return max(1, *(end - read for depth in depths for end, read in zip(ends, self._num_read[depth], strict=False)))
 
     def _catch_up(self, place: int, token_ids: Tensor, num_known: int) -> None:

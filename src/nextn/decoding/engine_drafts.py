@@ -3,6 +3,9 @@
 What is drafted changes acceptance, never the output. Read in the engines' sources; "position i" is the pair of the
 trunk's state h[i] and the token t[i+1], as in `nextn.alignment` at depth 1:
 
+- `recycled`: one cache layer for one module, used again and again (below), without an engine's peculiarities. The
+  first draft reads what is new, every further one a single position: cheaper than as trained, where every depth reads
+  what is new.
 - `transformers` (5.23, MTPCandidateGenerator): one draft per stored module, each with a cache layer of its own. That is
   as trained, with N fixed.
 - `vllm` (0.32, v1/spec_decode/llm_base_proposer.py, models/deepseek_mtp.py) has one cache layer, and runs the *first*
@@ -39,8 +42,9 @@ import torch
 from torch import Tensor
 
 from nextn.alignment import embedded_positions, num_final_positions
-from nextn.decoding.draft import BatchTokens, Drafts
-from nextn.decoding.sampling import SamplingConfig, choose, transform
+from nextn.decoding.draft import PROMPT_CHUNK, BatchTokens, DraftHeads, DraftOptions, Drafts
+from nextn.decoding.sampling import SamplingConfig, seen_after
+from nextn.decoding.steps import Steps
 from nextn.errors import GenerationError
 from nextn.model import Trunk
 from nextn.mtp.scheme import Scheme
@@ -56,17 +60,21 @@ class SingleCacheConvention:
     Attributes:
         first_position: 0, or -1 where a pair of a zero state and t[0] comes first; it lies in cache slot 0.
         zeroes_first_embedding: the embedding read at position 0 is zeros.
+        samples: drafts are drawn as the trunk's tokens are; otherwise they are the most likely ones always.
     """
 
     first_position: int
     zeroes_first_embedding: bool
+    samples: bool = False
 
 
+RECYCLED = "recycled"
 SINGLE_CACHE = {
+    RECYCLED: SingleCacheConvention(first_position=0, zeroes_first_embedding=False, samples=True),
     "vllm": SingleCacheConvention(first_position=0, zeroes_first_embedding=True),
     "llamacpp": SingleCacheConvention(first_position=-1, zeroes_first_embedding=False),
 }
-DRAFTING = (AS_TRAINED, "transformers", *SINGLE_CACHE)
+DRAFTING = (AS_TRAINED, RECYCLED, "transformers", "vllm", "llamacpp")
 """Ways to draft, by the name a user gives."""
 
 GREEDY = SamplingConfig()
@@ -90,7 +98,10 @@ def check_drafting(scheme: Scheme | None, drafting: str, draft_length: int) -> N
         )
     num_modules = len(scheme.layers)
     reason = None
-    if scheme.config.trunk_hidden != "post_norm" or (scheme.config.carry != "post_norm" and draft_length > 1):
+    if drafting == RECYCLED:
+        if num_modules > 1:
+            reason = f"of one module recycles that module's states, and this model has {num_modules} modules"
+    elif scheme.config.trunk_hidden != "post_norm" or (scheme.config.carry != "post_norm" and draft_length > 1):
         reason = (
             "reads and recycles states after their norm, and this model was trained with trunk_hidden = "
             f"{scheme.config.trunk_hidden}, carry = {scheme.config.carry}"
@@ -106,33 +117,49 @@ def check_drafting(scheme: Scheme | None, drafting: str, draft_length: int) -> N
     elif drafting == "vllm" and draft_length > num_modules and draft_length % num_modules:
         reason = f"wants a multiple of the {num_modules} stored modules beyond them, got draft_length = {draft_length}"
     if reason is not None:
-        raise GenerationError(f"drafting = {drafting!r}: that engine {reason}; or use drafting = {AS_TRAINED!r}")
+        who = "a drafter" if drafting == RECYCLED else "that engine"
+        raise GenerationError(f"drafting = {drafting!r}: {who} {reason}; or use drafting = {AS_TRAINED!r}")
 
 
 class SingleCacheDrafter:
-    """Drafts of one module with one cache layer, as vLLM and llama.cpp make them.
+    """Drafts of one module with one cache layer.
 
     Args:
         trunk: the model whose embedding, norm and head the module shares.
         scheme: a sequential one; its first module drafts.
         num_rows: B.
         capacity: most tokens a row may hold, drafts included.
-        convention: what happens at the beginning of a row.
+        convention: what happens at the beginning of a row, and how a token is chosen.
+        steps: eager, unless compiled ones are given.
+        options: draft vocabulary.
     """
 
-    def __init__(self, trunk: Trunk, scheme: Scheme, num_rows: int, capacity: int, convention: SingleCacheConvention):
+    def __init__(
+        self,
+        trunk: Trunk,
+        scheme: Scheme,
+        num_rows: int,
+        capacity: int,
+        convention: SingleCacheConvention,
+        steps: Steps | None = None,
+        options: DraftOptions | None = None,
+    ):
         self._trunk, self._scheme, self._convention = trunk, scheme, convention
-        self._cache = scheme.new_cache(trunk, num_rows, capacity, draft_length=1)
-        self._rows = torch.arange(num_rows, device=trunk.device)
-        dtype = trunk.embed(self._rows[:1]).dtype
-        # By slot, which is the position counted from the convention's first one; what precedes position 0 stays zero.
-        self._states = torch.zeros(num_rows, capacity + 1, trunk.hidden_size, dtype=dtype, device=trunk.device)
+        self._steps = steps or Steps(trunk.device, compiled=False)
+        self._heads = DraftHeads(trunk, scheme, 1, options or DraftOptions())
+        # Both by slot, which is the position counted from the convention's first one; what precedes position 0 stays 0.
+        num_slots = capacity - convention.first_position
+        self._cache = scheme.new_cache(trunk, num_rows, num_slots, draft_length=1)
+        self._all_slots = torch.arange(num_slots, device=trunk.device)
+        dtype = trunk.embed(self._all_slots[:1]).dtype
+        self._states = torch.zeros(num_rows, num_slots, trunk.hidden_size, dtype=dtype, device=trunk.device)
         # num_read[b]: row b's true pairs have been read at all positions below.
         self._num_read = [convention.first_position] * num_rows
 
     def begin(self, place: int, token_ids: Tensor, num_known: int) -> None:
-        """See `Drafter`; the prompt is read with the first draft."""
+        """See `Drafter`; the pairs of the prompt are read."""
         self._num_read[place] = self._convention.first_position
+        self._catch_up(place, token_ids, num_known)
 
     def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor, first_place: int = 0) -> None:
         """See `Drafter`."""
@@ -143,37 +170,36 @@ class SingleCacheDrafter:
     def draft(
         self, tokens: BatchTokens, num_draft_tokens: int, sampling: SamplingConfig, uniforms: Tensor | None
     ) -> Drafts:
-        """See `Drafter`, but the most likely tokens always: `sampling` and `uniforms` are not read.
+        """See `Drafter`; drafts are written into `tokens.token_ids` behind the known ones.
 
-        Drafts are written into `tokens.token_ids` behind the known ones, and count as certain.
+        An engine's drafts are the most likely tokens always: `sampling` and `uniforms` are then not read, and the
+        distributions are one-hot.
         """
-        token_ids, num_known = tokens.token_ids, tokens.num_known
-        cache = self._cache.rows(0, len(num_known))
+        num_known = tokens.num_known
+        window = self._longest_unread(num_known)
+        if window > num_draft_tokens + 1:  # cycles without drafts
+            for place, known in enumerate(num_known):
+                self._catch_up(place, tokens.token_ids[place], known - 1)
+            window = self._longest_unread(num_known)
+        if self._steps.compiled:
+            window = num_draft_tokens + 1
         ends = [num_final_positions(known, depth=1) for known in num_known]
-        positions = self._window(ends)
-        slots = self._slots(positions)
-        states = self._states[: len(ends)].gather(1, slots[..., None].expand(-1, -1, self._states.shape[-1]))
+        if not self._convention.samples:
+            sampling, uniforms = GREEDY, None
+        ids, probs = self._steps.run(
+            self._draft_tokens,
+            (num_draft_tokens, window, len(ends), len(self._all_slots), sampling),
+            tokens.token_ids,
+            tokens.known_and_total,
+            self._steps.slots(self._all_slots, max(ends) - self._convention.first_position + num_draft_tokens - 1),
+            tokens.seen if self._convention.samples else None,
+            uniforms,
+            num_draft_tokens,
+            window,
+            sampling,
+        )
         self._num_read[: len(ends)] = ends
-        places, last_place = tokens.places(num_draft_tokens), tokens.known_and_total[1, :, None] - 1
-        draft_probs = []
-        for step in range(num_draft_tokens):
-            if step:  # one position more: the recycled state, and the token just drafted
-                positions = torch.minimum(positions[:, -1:] + 1, last_place - 1)
-                slots = self._slots(positions)
-            state = self._scheme.step(
-                self._trunk_at(positions),
-                1,
-                states,
-                token_ids.gather(1, embedded_positions(positions, depth=1)),
-                self._trunk.cached_context(slots, num_keys=max(ends) - self._convention.first_position + step),
-                cache,
-            )
-            states = state.carry[:, -1:]
-            logits = self._scheme.head(self._trunk, 1)(state.head_input[:, -1])
-            probs = transform(logits, GREEDY)
-            token_ids.scatter_(1, places[:, step : step + 1], choose(probs, None)[:, None])
-            draft_probs.append(probs)
-        return Drafts(token_ids.gather(1, places), torch.stack(draft_probs, dim=1))
+        return Drafts(ids, probs)
 
     def move(self, source: int, target: int, num_tokens: int) -> None:
         """See `Drafter`."""
@@ -185,15 +211,73 @@ class SingleCacheDrafter:
     def roll_back(self, num_final: Sequence[int]) -> None:
         """Nothing to do: only true pairs count as read, and the next cycle overwrites the drafts' places."""
 
+    def _draft_tokens(
+        self,
+        token_ids: Tensor,
+        known_and_total: Tensor,
+        slots: Tensor,
+        seen: Tensor | None,
+        uniforms: Tensor | None,
+        num_draft_tokens: int,
+        window: int,
+        sampling: SamplingConfig,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Drafts int64 [B, N] and their distributions float32 [B, N, V] (None when greedy), a step of fixed shapes."""
+        num_rows = token_ids.shape[0]
+        known, last_place = known_and_total[0, :, None], known_and_total[1, :, None] - 1
+        cache = self._cache.rows(0, num_rows)
+        offsets = torch.arange(-window, 0, device=token_ids.device)
+        positions = (num_final_positions(known, depth=1) + offsets).clamp(min=self._convention.first_position)
+        states = self._states[:num_rows].gather(
+            1, self._slots(positions)[..., None].expand(-1, -1, self._states.shape[-1])
+        )
+        ids: list[Tensor] = []
+        all_probs: list[Tensor] = []
+        for step in range(num_draft_tokens):
+            if step:  # one position more: the recycled state, and the token just drafted
+                positions = torch.minimum(positions[:, -1:] + 1, last_place - 1)
+            state = self._scheme.step(
+                self._trunk_at(positions),
+                1,
+                states,
+                token_ids.gather(1, embedded_positions(positions, depth=1)),
+                self._trunk.cached_context(self._slots(positions), slots.shape[0]),
+                cache,
+            )
+            states = state.carry[:, -1:]
+            seen_now = seen_after(seen, torch.stack(ids, dim=1))[:, -1] if seen is not None and ids else seen
+            drawn = None if uniforms is None else uniforms[:, step]
+            chosen, probs, _ = self._heads.choose(1, state.head_input[:, -1], seen_now, sampling, drawn)
+            token_ids.scatter_(1, torch.minimum(known + step, last_place), chosen[:, None])
+            ids.append(chosen)
+            if probs is not None:
+                all_probs.append(probs)
+        return torch.stack(ids, dim=1), torch.stack(all_probs, dim=1) if all_probs else None
+
+    def _catch_up(self, place: int, token_ids: Tensor, num_tokens: int) -> None:
+        """Read the true pairs among the first `num_tokens` tokens, int64 [capacity], that are unread."""
+        cache = self._cache.rows(place, place + 1)
+        end = num_final_positions(num_tokens, depth=1)
+        for first in range(self._num_read[place], end, PROMPT_CHUNK):
+            part = torch.arange(first, min(first + PROMPT_CHUNK, end), device=token_ids.device)[None]
+            slots = self._slots(part)
+            self._scheme.step(
+                self._trunk_at(part),
+                1,
+                self._states[place : place + 1, slots[0]],
+                token_ids[embedded_positions(part, depth=1)],
+                self._trunk.cached_context(slots, int(slots[0, -1]) + 1),
+                cache,
+            )
+        self._num_read[place] = max(self._num_read[place], end)
+
+    def _longest_unread(self, num_known: Sequence[int]) -> int:
+        """Positions that some row has still to read; at least the last, whose state counts."""
+        unread = (num_final_positions(known, 1) - read for known, read in zip(num_known, self._num_read, strict=False))
+        return max(1, *unread)
+
     def _slots(self, positions: Tensor) -> Tensor:
         return positions - self._convention.first_position
-
-    def _window(self, ends: Sequence[int]) -> Tensor:
-        """Positions still to read, int64 [B, M]: each row's last M before `ends`; shorter rows repeat their first."""
-        length = max(end - read for end, read in zip(ends, self._num_read, strict=False))
-        offsets = torch.arange(-length, 0, device=self._rows.device)
-        positions = torch.tensor(ends, device=self._rows.device)[:, None] + offsets
-        return positions.clamp_(min=self._convention.first_position)
 
     def _trunk_at(self, positions: Tensor) -> Trunk:
         """The trunk as the module sees it at these positions."""

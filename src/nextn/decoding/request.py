@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 from nextn.decoding.engine_drafts import AS_TRAINED, check_drafting, fixed_draft_length
 from nextn.decoding.sampling import SamplingConfig
@@ -31,9 +33,7 @@ def longest_draft(model: MTPModel) -> int | None:
     return 0 if model.scheme is None else model.scheme.max_draft_length(model.num_depths)
 
 
-def resolve_draft_length(
-    model: MTPModel | None, draft_length: int | None, drafting: str = AS_TRAINED
-) -> int:
+def resolve_draft_length(model: MTPModel | None, draft_length: int | None, drafting: str = AS_TRAINED) -> int:
     """N to draft with.
 
     Args:
@@ -73,20 +73,48 @@ def _usual_draft_length(scheme: Scheme | None, longest: int | None, drafting: st
 
 
 def resolve_verifier(verifier: str | Verifier, sampling: SamplingConfig) -> Verifier:
-    """The verifier of that name. Raises GenerationError when it is unknown or contradicts the sampling."""
+    """The verifier of that name; a lossy one's parameters may follow it, in the order of its attributes.
+
+    Raises:
+        GenerationError: it is unknown, contradicts the sampling, or has no such parameters.
+
+    >>> resolve_verifier("auto", SamplingConfig(temperature=0.8)).name
+    'rejection'
+    >>> resolve_verifier("typical:0.2", SamplingConfig())
+    Typical(epsilon=0.2, delta=0.3)
+    """
     if not isinstance(verifier, str):
         return verifier
     if verifier == "auto":
         verifier = "exact" if sampling.is_greedy else "rejection"
-    if verifier not in VERIFIERS:
-        raise GenerationError(f"unknown verifier {verifier!r}; there are: auto, {', '.join(VERIFIERS)}")
-    if verifier == "exact" and not sampling.is_greedy:
+    name, colon, values = verifier.partition(":")
+    if name not in VERIFIERS:
+        raise GenerationError(f"unknown verifier {name!r}; there are: auto, {', '.join(VERIFIERS)}")
+    if name == "exact" and not sampling.is_greedy:
         raise GenerationError(
             f"verifier 'exact' is greedy, but temperature = {sampling.temperature}; use 'rejection' or temperature 0"
         )
-    if verifier == "rejection" and sampling.is_greedy:
+    if name == "rejection" and sampling.is_greedy:
         raise GenerationError("verifier 'rejection' samples, but temperature = 0; use 'exact' or a temperature above 0")
-    return VERIFIERS[verifier]
+    return _with_parameters(VERIFIERS[name], values) if colon else VERIFIERS[name]
+
+
+def _with_parameters(verifier: Verifier, values: str) -> Verifier:
+    """A verifier of the same kind with other parameters, numbers separated by commas."""
+    kind: Any = type(verifier)
+    names = [field.name for field in fields(kind)]
+    if not names:
+        raise GenerationError(f"verifier {verifier.name!r} takes no parameters, got {values!r}")
+    try:
+        numbers = [float(value) for value in values.split(",")]
+    except ValueError:
+        numbers = []
+    if not 1 <= len(numbers) <= len(names):
+        defaults = ",".join(str(getattr(verifier, name)) for name in names)
+        raise GenerationError(
+            f"verifier {verifier.name!r} takes {', '.join(names)}, as in {verifier.name}:{defaults}; got {values!r}"
+        )
+    return kind(*numbers)
 
 
 def prompt_token_ids(model: MTPModel, prompt: str | Sequence[int], number: int, max_new_tokens: int) -> list[int]:

@@ -52,6 +52,9 @@ class Steps:
         if full_key not in self._functions:
             self._say(f"compiling {name} {' '.join(str(part) for part in key)}".rstrip())
             self._functions[full_key] = self._compile(step)
+            # What differs from key to key must not be taken for something that varies under one key.
+            with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+                return cast(T, self._functions[full_key](*args, **kwargs))
         return cast(T, self._functions[full_key](*args, **kwargs))
 
     def slots(self, all_slots: Tensor, num_keys: int) -> Tensor:
@@ -80,8 +83,7 @@ def _own_code(step: Callable[..., Any]) -> Callable[..., Any]:
     """The same bound method with a code object of its own: that is what compilations are found again by."""
     assert isinstance(step, MethodType), "a step is a bound method"
     function = cast(FunctionType, step.__func__)
-    own = FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    )
+    code = function.__code__.replace()
+    own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
     own.__kwdefaults__ = function.__kwdefaults__
     return MethodType(own, step.__self__)

@@ -26,6 +26,10 @@ QUERY_BLOCK = 64
 """Queries that go together in materialised attention: fewer save work above the diagonal, more make larger products."""
 
 
+MAX_ROWS_SUMMED = 8
+"""Up to this many rows a compiled product is written as a sum; each row reads the matrix again, from a cache."""
+
+
 def operand(tensor: Tensor) -> Tensor:
     """In the dtype in which autocast multiplies, if it is on: cast once what several products read."""
     device = tensor.device.type
@@ -47,6 +51,25 @@ def joint_linear(hidden: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
         )
     out = F.linear(hidden, torch.cat([layer.weight for layer in layers]), bias)
     return out.split([layer.out_features for layer in layers], dim=-1)
+
+
+def is_few_rows(rows: Tensor) -> bool:
+    """A compiled forward on a CPU without gradients over at most `MAX_ROWS_SUMMED` rows, of any shape."""
+    return (
+        torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and rows.device.type == "cpu"
+        and rows.numel() <= MAX_ROWS_SUMMED
+    )
+
+
+def few_rows_product(left: Tensor, right: Tensor) -> Tensor:
+    """[..., K] times [..., N, K] (transposed) as a sum of products, [..., N], of which the compiler makes one loop.
+
+    A library's product costs a call and often a copy: more than the product itself when there are few rows.
+    """
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return (left.unsqueeze(-2).to(wide) * right.to(wide)).sum(-1).to(left.dtype)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -4,8 +4,8 @@ Decoding multiplies the same matrices with a handful of rows, over and over: wha
 On a CPU the stock product reads them in the order in which they were trained. Measured on 2 cores, 1536 x 576, one row
 and eight: bfloat16 stock 25 and 22 GB/s, packed 41 and 33; float32 stock 17 and 12.
 
-- `packed`: the same numbers. bfloat16 matrices are reordered as oneDNN wants them, float32 products of a few rows are
-  written as sums, of which the compiler makes loops. Elsewhere (GPUs, other dtypes) as they are.
+- `packed`: the same numbers. Large bfloat16 matrices are reordered as oneDNN wants them; other products of a few rows
+  are written as sums, of which the compiler makes loops. Elsewhere (GPUs, other dtypes) as they are.
 - `int8`: weights rounded to 8 bits, one scale per output: half the bytes of bfloat16, and a different model. What is
   drafted and verified with it is lossless with respect to *that* model.
 """
@@ -13,6 +13,7 @@ and eight: bfloat16 stock 25 and 22 GB/s, packed 41 and 33; float32 stock 17 and
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -21,15 +22,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextn.errors import ConfigError
+from nextn.model.kernels import few_rows_product, is_few_rows
 from nextn.model.moe import Experts
 
 WeightForm = Literal["packed", "int8", "as_stored"]
 WEIGHT_FORMS: tuple[WeightForm, ...] = ("packed", "int8", "as_stored")
 
-MAX_ROWS_SUMMED = 8
-"""Up to this many rows a float32 product is written as a sum; each row reads the matrix again, from a cache."""
+MIN_WEIGHTS_PACKED = 2**18
+"""A smaller bfloat16 matrix is read from a cache: there a loop that the compiler fuses costs less than a call."""
+
+READ_AS_STORED = "kv_b_proj"
+"""Cached attention reads this matrix itself (absorbed form): with 8 bits it would be another one without a cache."""
+
+INT8_MULTIPLE = 16
+"""torch's product with 8-bit weights reads so many inputs at a time: beyond the end where they are not a multiple."""
 
 M = TypeVar("M", bound=nn.Module)
+
+_PACKED: dict[int, tuple[Tensor, Tensor | None]] = {}
+"""Packed weights and biases by number: a compiled step cannot be handed oneDNN's own kind of tensor, but a number."""
+
+_ops = torch.library.Library("nextn", "DEF")
+_ops.define("packed_linear(Tensor hidden, int number, int out_features) -> Tensor")
+
+
+@torch.library.impl(_ops, "packed_linear", "CPU")
+def _packed_linear(hidden: Tensor, number: int, out_features: int) -> Tensor:
+    weight, bias = _PACKED[number]
+    return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
+
+
+@torch.library.register_fake("nextn::packed_linear", lib=_ops)
+def _shape_of_packed_linear(hidden: Tensor, number: int, out_features: int) -> Tensor:
+    return hidden.new_empty(*hidden.shape[:-1], out_features)
 
 
 def prepared(model: M, form: WeightForm) -> M:
@@ -52,7 +77,7 @@ def prepared(model: M, form: WeightForm) -> M:
     for module in list(result.modules()):
         for name, child in list(module.named_children()):
             make = _maker(child, form)
-            if make is not None:
+            if make is not None and not (form == "int8" and name == READ_AS_STORED):
                 setattr(module, name, done.setdefault(id(child), make(child)))
     return result
 
@@ -67,9 +92,10 @@ def _maker(module: nn.Module, form: WeightForm) -> Callable[[Any], nn.Module] | 
         return Int8Linear
     if module.weight.device.type != "cpu":
         return None
-    if module.weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+    is_large = module.weight.numel() >= MIN_WEIGHTS_PACKED
+    if module.weight.dtype == torch.bfloat16 and is_large and torch.backends.mkldnn.is_available():
         return PackedLinear
-    return SummedLinear if module.weight.dtype == torch.float32 else None
+    return SummedLinear if module.weight.dtype in (torch.float32, torch.bfloat16) else None
 
 
 class _LikeLinear(nn.Linear):
@@ -86,9 +112,9 @@ class SummedLinear(_LikeLinear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if not torch.compiler.is_compiling() or hidden[..., 0].numel() > MAX_ROWS_SUMMED:
+        if not is_few_rows(hidden[..., 0]):
             return super().forward(hidden)
-        out = (hidden.unsqueeze(-2) * self.weight).sum(-1)
+        out = few_rows_product(hidden, self.weight)
         return out if self.bias is None else out + self.bias
 
 
@@ -97,11 +123,14 @@ class PackedLinear(_LikeLinear):
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear)
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        self._number = id(self)
+        bias = None if linear.bias is None else linear.bias.detach()
+        _PACKED[self._number] = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1), bias
+        weakref.finalize(self, _PACKED.pop, self._number)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        return torch.ops.mkldnn._linear_pointwise(hidden, self._packed, self.bias, "none", [], "")
+        return torch.ops.nextn.packed_linear(hidden, self._number, self.out_features)
 
 
 def rounded_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,8 +156,8 @@ class Int8Linear(_LikeLinear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if hidden.device.type == "cpu":
-            out = torch._weight_int8pack_mm(hidden.flatten(0, -2), self._rounded, self._scale)
+        if hidden.device.type == "cpu" and self.in_features % INT8_MULTIPLE == 0:
+            out = torch._weight_int8pack_mm(hidden.flatten(0, -2).contiguous(), self._rounded, self._scale)
             out = out.unflatten(0, hidden.shape[:-1])
         else:
             out = F.linear(hidden, self._rounded.to(hidden.dtype)) * self._scale

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,23 +40,13 @@ class KeyFigure:
 
 def render(report: RunReport) -> str:
     """The whole page as text. Everything that comes from outside (text, settings, names) is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "percent": percent, "fixed": fixed, "count": count, "duration": duration, "plural": plural,
-        "visible": visible,
-    }  # fmt: skip
-    template = environment.from_string(
-        importlib.resources.files("nextn.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    )
     longest = max([report.model.num_depths, *(arm.draft_length for arm in report.arms)])
-    return template.render(
+    return template("report.html.j2").render(
         report=report,
         headline=headline(report),
         figures=key_figures(report),
         plots=_plots(report),
-        colours={theme: _colours(theme, longest) for theme in _DEPTH_RAMP},
+        colours=colours(longest),
         sample_groups=_group_by_prompt(report.samples),
         used_depths=sorted({piece.depth for sample in report.samples for piece in sample.pieces}),
         longest=longest,
@@ -65,6 +54,22 @@ def render(report: RunReport) -> str:
         settings=list(settings_rows(report.settings, Recipe)),
         provenance=[(name, plain(value)) for name, value in flattened(report.provenance)],
     )
+
+
+def template(name: str) -> jinja2.Template:
+    """A page's template; whatever is filled in is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nextn.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent, "fixed": fixed, "count": count, "duration": duration, "plural": plural,
+        "visible": visible,
+    }  # fmt: skip
+    return environment.get_template(name)
 
 
 def write_report(report: RunReport, path: Path) -> None:
@@ -249,6 +254,11 @@ def _group_by_prompt(samples: Sequence[Sample]) -> list[tuple[str, list[Sample]]
     for sample in samples:
         groups.setdefault(sample.prompt, []).append(sample)
     return list(groups.items())
+
+
+def colours(num_depths: int) -> dict[str, Markup]:
+    """CSS variables of a page's colours, by theme."""
+    return {theme: _colours(theme, num_depths) for theme in _DEPTH_RAMP}
 
 
 def _colours(theme: str, num_depths: int) -> Markup:

@@ -12,14 +12,14 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from nextn.report.schema import DecodingArm
+from nextn.report.schema import DecodingArm, Speedup
 from nextn.training import TeacherForcedEvaluation
 
 WIDTH, HEIGHT = 410, 280  # px of the page at scale 1
@@ -52,6 +52,24 @@ _STYLE: dict[Any, Any] = {
 }
 _DEPTH_MARKERS = "osD^vP"
 _ARM_MARKERS = "oDsP"
+
+
+class AcceptingArm(Protocol):
+    """What a plot of acceptance reads of an arm; see `DecodingArm`."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def draft_length(self) -> int: ...  # noqa: D102
+
+    @property
+    def acceptance_unconditional(self) -> Sequence[float | None]: ...  # noqa: D102
+
+    @property
+    def acceptance_conditional(self) -> Sequence[float | None]: ...  # noqa: D102
+
+
 _styled = matplotlib.rc_context(_STYLE)  # as a decorator: the settings hold while a plot is made, and only then
 
 
@@ -134,7 +152,7 @@ def acceptance_kinds_plot(teacher_forced: TeacherForcedEvaluation, arms: Sequenc
 
 
 @_styled
-def acceptance_by_depth_plot(arms: Sequence[DecodingArm]) -> str:
+def acceptance_by_depth_plot(arms: Sequence[AcceptingArm]) -> str:
     """Free-running acceptance of drafted token 1..N: conditional solid, unconditional dashed, one colour per arm."""
     figure, axes = _figure()
     conditional_ends, unconditional_ends, texts = [], [], []
@@ -220,6 +238,32 @@ def tok_per_s_plot(arms: Sequence[DecodingArm]) -> str:
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("new tokens per second, batch 1")
     return _svg(figure, "rates", "Tokens per second: " + "; ".join(texts))
+
+
+@_styled
+def speedup_plot(number: int, speedups: Mapping[str, Speedup]) -> str:
+    """Speedup of each arm: the median a bar with its value, the range a line; 1 is plain decoding.
+
+    Args:
+        number: of the plot on its page.
+        speedups: by name of the arm, from top to bottom.
+    """
+    figure, axes = _figure(height=max(0.5 * HEIGHT, 60 + 26 * len(speedups)))
+    for place, speedup in enumerate(speedups.values()):
+        axes.barh(place, speedup.median, height=0.62, color=_depth_colour(1), alpha=0.85 if speedup.lowest > 1 else 0.4)
+        axes.plot([speedup.lowest, speedup.highest], [place, place], color=_INK, linewidth=1.6)
+        axes.annotate(
+            f"{speedup.median:.2f}", (speedup.highest, place), (5, 0), textcoords="offset points", va="center",
+            fontsize=11,
+        )  # fmt: skip
+    axes.axvline(1.0, color=_MUTED, linewidth=1, linestyle=(0, (2, 2)))
+    axes.set_yticks(range(len(speedups)), list(speedups), fontsize=11)
+    axes.set_ylim(len(speedups) - 0.4, -0.6)
+    axes.set_xlim(0, max([1.0, *(speedup.highest for speedup in speedups.values())]) * 1.15)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("speedup over the fastest plain decoding")
+    texts = [f"{name} {one.median:.2f}, {one.lowest:.2f} to {one.highest:.2f}" for name, one in speedups.items()]
+    return _svg(figure, f"speedup-{number}", "Speedup: " + "; ".join(texts))
 
 
 @_styled

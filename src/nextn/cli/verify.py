@@ -1,0 +1,116 @@
+"""`nextn verify`: the lossless suite on a checkpoint, with an exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import nextn
+from nextn.checkpoint import write_json
+from nextn.cli.output import figures_table, interruptible, messages, status
+from nextn.decoding.decoder import PROMPT_LOOKUP
+from nextn.mtp import find_checkpoint
+from nextn.report.html import plural
+from nextn.report.lossless import Check, Subject, bfloat16_divergence, lossless_checks
+from nextn.report.prompts import CODE, HELD_OUT, PromptSet, check_prompt_set, prompt_set
+from nextn.report.provenance import collect
+
+USUAL_PROMPTS, USUAL_NEW_TOKENS = 8, 64
+
+VERDICTS = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("-", "")}
+
+NUM_SHOWN = 3
+"""Pieces of evidence printed for a failed check; the JSON file has all."""
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, or a run folder (its last checkpoint is taken).")],
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SET",
+            help="held-out, code, story:PATH, humaneval, mtbench, or a JSON-lines file. Default: held-out where the "
+            "checkpoint says what it was trained on, else code.",
+        ),
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts decoded.")] = USUAL_PROMPTS,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=2, help="Tokens per prompt.")
+    ] = USUAL_NEW_TOKENS,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    json: Annotated[Path | None, typer.Option(help="Also write checks, evidence and provenance to this file.")] = None,
+) -> None:
+    """Verify that decoding with drafts gives what decoding without them gives; the exit code says it.
+
+    In float32: greedy texts for several N and batch sizes beside plain decoding, with and without a cache, with rows
+    that end inside drafts, with drafts that are all right and all wrong; caches after rejected drafts; the law of
+    sampled text, with a control that the test must reject. In bfloat16, where rounding tips near ties: how often texts
+    differ.
+
+    Exit codes: 0 lossless, 1 not lossless (or a test without power), 2 an error.
+
+    Examples:
+
+        nextn verify runs/demo
+
+        nextn verify runs/demo --prompts humaneval --num-prompts 20 --json lossless.json
+    """
+    folder = find_checkpoint(path)
+    name = prompts or (HELD_OUT if (folder / "recipe.json").exists() else CODE)
+    check_prompt_set(name)
+    model = nextn.load(folder, device=device, dtype="float32").eval()
+    console, out = messages(), Console()
+    checks = []
+    with interruptible(console, "nothing was written"), status(console) as say:
+        given = prompt_set(name, model, folder, num_prompts, max_new_tokens, say=say)
+        subject = Subject(model, tuple(given.prompts), max_new_tokens)
+        if subject.drafter == PROMPT_LOOKUP:
+            console.print("this model has no MTP depths; its drafts come from prompt lookup")
+        for check in lossless_checks(subject, say):
+            checks.append(check)
+            console.print(f"{check.name}: {VERDICTS[check.passed][0]}, {check.finding}")
+        say("decoding in bfloat16")
+        rounded = nextn.load(folder, device=device, dtype="bfloat16").eval()
+        checks.append(bfloat16_divergence(Subject(rounded, subject.prompts, max_new_tokens)))
+    failed = [check for check in checks if check.passed is False]
+    title = f"{plural(len(given.prompts), 'prompt')} ({name}), {max_new_tokens} tokens each, drafts: {subject.drafter}"
+    out.print(_table(title, checks))
+    for check in failed:
+        for evidence in check.evidence[:NUM_SHOWN]:
+            out.print(f"{check.name}: {evidence}", markup=False, highlight=False, soft_wrap=True)
+    verdict = f"NOT lossless: {', '.join(check.name for check in failed)}" if failed else "lossless"
+    out.print(verdict, style="bold red" if failed else "bold green", soft_wrap=True)
+    if json is not None:
+        write_json(json, _figures(checks, subject, given, device))
+    if failed:
+        raise typer.Exit(1)
+
+
+def _table(title: str, checks: list[Check]) -> Table:
+    table = figures_table(title, ("check", "n", "verdict", "finding", "compared"))
+    for column in table.columns:
+        column.justify, column.overflow = "left", "fold"
+    for check in checks:
+        word, style = VERDICTS[check.passed]
+        table.add_row(check.name, str(check.num_compared), Text(word, style), Text(check.finding), Text(check.compared))
+    return table
+
+
+def _figures(checks: list[Check], subject: Subject, given: PromptSet, device: str) -> dict[str, Any]:
+    """All checks and how they were made, ready for JSON."""
+    return {
+        "is_lossless": all(check.passed is not False for check in checks),
+        "checks": [vars(check) for check in checks],
+        "settings": {
+            "drafter": subject.drafter,
+            "draft_lengths": list(subject.draft_lengths),
+            "num_prompts": len(subject.prompts),
+            "max_new_tokens": subject.max_new_tokens,
+        },
+        "provenance": collect(seed=0, device=device, corpus=given.source),
+    }
