@@ -16,7 +16,7 @@ from rich.table import Table
 import nextn
 from nextn.checkpoint import write_json
 from nextn.cli.output import figures_table, interruptible, messages, status
-from nextn.decoding.engine_drafts import AS_TRAINED, DRAFTING
+from nextn.decoding.engine_drafts import AS_TRAINED, DRAFTING, RECYCLED, usual_drafting
 from nextn.decoding.policy import policy_of
 from nextn.decoding.request import longest_draft, resolve_draft_length, resolve_verifier
 from nextn.decoding.sampling import SamplingConfig
@@ -84,8 +84,14 @@ def bench(
     ] = False,
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile: starts at once, and is slower.")] = False,
     as_: Annotated[
-        str, typer.Option("--as", metavar="ENGINE", help=f"Draft as that engine does, eagerly: {', '.join(DRAFTING)}.")
-    ] = AS_TRAINED,
+        str | None,
+        typer.Option(
+            "--as",
+            metavar="ENGINE",
+            help=f"How to draft: {', '.join(DRAFTING)}; as engines do, eagerly. Default: recycled where one module "
+            "serves all depths, else as trained.",
+        ),
+    ] = None,
     verifier: Annotated[
         str | None,
         typer.Option(help=f"Also one lossy arm, with the share it changes: {', '.join(LOSSY)}, or typical:0.1,0.3."),
@@ -162,11 +168,13 @@ def bench(
         raise GenerationError(
             f"--parallel {parallel} has no MTP depths, so it cannot draft; name one that was trained with them"
         )
+    drafting = as_ or usual_drafting(model.scheme)
+    emulates = drafting not in (AS_TRAINED, RECYCLED)
     arms = arms_of(
         model,
-        _draft_lengths(model, draft_lengths, as_, FULL_DRAFT_LENGTH if full else None),
-        compiled=not eager and as_ == AS_TRAINED,
-        drafting=as_,
+        _draft_lengths(model, draft_lengths, drafting, FULL_DRAFT_LENGTH if full else None),
+        compiled=not eager and not emulates,
+        drafting=drafting,
         verifier=verifier,
         **{key: models[key] for key in ("draft_model", "standard", "parallel") if key in models},
     )
@@ -190,7 +198,7 @@ def bench(
     )
     with interruptible(console, "nothing was written"), _Progress(console, plan.num_runs) as progress:
         measured, peers_found, notes = measure(plan, progress)
-    if as_ != AS_TRAINED:
+    if emulates:
         notes.append(f"AL and acceptance are those of {as_}'s drafts; tokens per second are nextn's, not {as_}'s")
     if repeats == 1:
         notes.append("one repeat has no range, so whether a gain is more than noise is not known")
@@ -201,8 +209,8 @@ def bench(
         approaches=approaches_of(folders, models, measured[0]) if len(models) > 1 else (),
         notes=tuple(notes),
         options={
-            "drafting": as_,
-            "compiled": not eager and as_ == AS_TRAINED,
+            "drafting": drafting,
+            "compiled": not eager and not emulates,
             "num_repeats": repeats,
             "dtype": dtype,
             "peers": wanted_peers,
@@ -236,7 +244,7 @@ def _draft_lengths(model: MTPModel, wanted: str | None, drafting: str, usual: in
     """
     if wanted is None:
         longest = resolve_draft_length(model, None, drafting)
-        if drafting != AS_TRAINED:
+        if drafting not in (AS_TRAINED, RECYCLED):
             return [longest] if drafting == "transformers" else list(range(1, longest + 1))
         if usual is not None and longest:
             most = longest_draft(model)
@@ -252,8 +260,10 @@ def _draft_lengths(model: MTPModel, wanted: str | None, drafting: str, usual: in
         ) from None
     lengths: list[DraftLength] = sorted({resolve_draft_length(model, length, drafting) for length in fixed} - {0})
     if "adaptive" in parts:
-        if drafting != AS_TRAINED or policy_of("adaptive", longest_draft(model)).longest == 0:
-            raise GenerationError("adaptive needs MTP depths that draft as trained; leave it out of --draft-lengths")
+        if drafting not in (AS_TRAINED, RECYCLED) or policy_of("adaptive", longest_draft(model)).longest == 0:
+            raise GenerationError(
+                "adaptive needs MTP depths, drafting as no engine does; leave it out of --draft-lengths"
+            )
         lengths.append("adaptive")
     return lengths
 

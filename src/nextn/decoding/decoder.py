@@ -13,7 +13,7 @@ from nextn.data.tokenizers import REPLACEMENT
 from nextn.decoding.baselines import DraftModelDrafter, PromptLookupDrafter
 from nextn.decoding.batch import Batch, Costs, Rules
 from nextn.decoding.draft import Drafter, DraftOptions, MTPDrafter
-from nextn.decoding.engine_drafts import AS_TRAINED, RECYCLED, SINGLE_CACHE, SingleCacheDrafter
+from nextn.decoding.engine_drafts import AS_TRAINED, RECYCLED, SINGLE_CACHE, SingleCacheDrafter, usual_drafting
 from nextn.decoding.policy import DraftPolicy, policy_of
 from nextn.decoding.request import (
     check_counts,
@@ -115,7 +115,8 @@ class Decoder:
         draft_length: N, tokens drafted per cycle; 0 is plain decoding; "adaptive" takes the N with the most tokens per
             second, down to 0; None: 3, or as many as can be drafted.
         drafter: "mtp", "prompt_lookup", or another model of the same vocabulary that drafts.
-        drafting: as the depths were trained, or as an engine would draft (`engine_drafts`).
+        drafting: "as_trained", "recycled", or as an engine would draft (`engine_drafts`); None: recycled where one
+            module serves all depths, which is cheaper, else as trained.
         min_confidence: end a draft when the product of its probabilities falls below.
         draft_vocabulary: the only tokens that are drafted; verification keeps all.
         verifier: "auto" (lossless), "exact", "rejection", or a lossy one, "threshold" or "typical"; or a `Verifier`.
@@ -134,7 +135,7 @@ class Decoder:
         batch_size: int = 1,
         draft_length: int | Literal["adaptive"] | None = None,
         drafter: str | MTPModel = "mtp",
-        drafting: str = AS_TRAINED,
+        drafting: str | None = None,
         min_confidence: float | None = None,
         draft_vocabulary: DraftVocabulary | None = None,
         verifier: str | Verifier = "auto",
@@ -149,10 +150,12 @@ class Decoder:
         if self._drafter_name not in ("mtp", PROMPT_LOOKUP, "model"):
             raise GenerationError(f"unknown drafter {drafter!r}; there are: mtp, {PROMPT_LOOKUP}, or a model")
         drafts_with_mtp = self._drafter_name == "mtp"
-        if not drafts_with_mtp and (min_confidence, draft_vocabulary, drafting) != (None, None, AS_TRAINED):
+        if not drafts_with_mtp and (min_confidence, draft_vocabulary, drafting) != (None, None, None):
             raise GenerationError(
                 f"min_confidence, draft_vocabulary and drafting are about MTP drafts; the drafter is {drafter!r}"
             )
+        if drafting is None:
+            drafting = usual_drafting(model.scheme) if min_confidence is None else AS_TRAINED
         if drafting == RECYCLED and min_confidence is not None:
             raise GenerationError("min_confidence needs drafting = 'as_trained'")
         emulated = drafting in SINGLE_CACHE and drafting != RECYCLED

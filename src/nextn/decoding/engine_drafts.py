@@ -85,6 +85,11 @@ def fixed_draft_length(scheme: Scheme, drafting: str) -> int | None:
     return len(scheme.layers) if drafting == "transformers" and isinstance(scheme, Sequential) else None
 
 
+def usual_drafting(scheme: Scheme | None) -> str:
+    """How to draft where nothing is asked for: recycled where one module serves all depths, else as trained."""
+    return RECYCLED if isinstance(scheme, Sequential) and len(scheme.layers) == 1 else AS_TRAINED
+
+
 def check_drafting(scheme: Scheme | None, drafting: str, draft_length: int) -> None:
     """Raise GenerationError for an unknown way to draft, or N drafts that the engine does not make of this model."""
     if drafting not in DRAFTING:

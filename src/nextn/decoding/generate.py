@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 
 from nextn.decoding.decoder import Decoder, GenerationResult
-from nextn.decoding.engine_drafts import AS_TRAINED
 from nextn.decoding.verify import Verifier
 from nextn.decoding.vocabulary import DraftVocabulary
 from nextn.mtp.model import MTPModel
@@ -22,7 +21,7 @@ def generate(
     draft_length: int | Literal["adaptive"] | None = None,
     batch_size: int = 1,
     drafter: str | MTPModel = "mtp",
-    drafting: str = AS_TRAINED,
+    drafting: str | None = None,
     min_confidence: float | None = None,
     draft_vocabulary: DraftVocabulary | None = None,
     verifier: str | Verifier = "auto",
@@ -50,8 +49,10 @@ def generate(
             second, down to 0. None: 3, or as many as the scheme can draft; 0 for a model without MTP.
         batch_size: prompts decoded at a time.
         drafter: "mtp", "prompt_lookup", or another model with the same vocabulary.
-        drafting: which tokens are drafted: "as_trained", or as an engine would draft them (`engine_drafts`), to see
-            what it loses or gains: "transformers", "vllm", "llamacpp". It changes acceptance, never the output's law.
+        drafting: which tokens are drafted: "as_trained"; "recycled", one cache for a module that serves all depths; or
+            as an engine would draft them (`engine_drafts`), to see what it loses or gains: "transformers", "vllm",
+            "llamacpp". It changes acceptance, never the output's law. None: recycled where one module serves all
+            depths, else as trained.
         min_confidence: end a draft when the product of its probabilities falls below this; None: draft N always.
         draft_vocabulary: the only tokens that are drafted; None: all.
         verifier: "exact", "rejection", a `Verifier`, or "auto": exact at temperature 0, rejection otherwise. These are

@@ -26,7 +26,7 @@ QUERY_BLOCK = 64
 """Queries that go together in materialised attention: fewer save work above the diagonal, more make larger products."""
 
 
-MAX_ROWS_SUMMED = 8
+MAX_ROWS_SUMMED = 16
 """Up to this many rows a compiled product is written as a sum; each row reads the matrix again, from a cache."""
 
 
