@@ -122,7 +122,7 @@ def test_a_stale_draft_cache_is_caught(broken: type[MTPDrafter]):
 
 
 def test_nothing_is_read_twice_that_need_not_be(monkeypatch: pytest.MonkeyPatch):
-    """After a cycle that emitted m tokens, all depths read max(m, N) positions: the new ones, and those depth N redoes."""
+    """After a cycle of m new tokens all depths read max(m, N) positions: the new ones, and those depth N redoes."""
     model = memorising_model(30)
     lengths: list[tuple[int, int]] = []
     step = type(model.scheme).step

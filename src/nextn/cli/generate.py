@@ -166,7 +166,7 @@ def generate(
         verifier=rule,
         weights=cast(WeightForm, weights),
         compiled=compiled,
-        say=lambda step: messages().print(" ".join(step.split()[:2])),  # the whole key is long
+        say=messages().print,
     )
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

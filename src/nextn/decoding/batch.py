@@ -104,13 +104,15 @@ class Batch:
         self._rows.clear()
         self._randoms.clear()
         self.costs = Costs()
-        rules = replace(rules, sampling=replace(rules.sampling, seed=0))
+        eos_token_id = rules.eos_token_id
+        # What is left of the rules decides compiled steps: these are then used again for other seeds and ends.
+        rules = replace(rules, sampling=replace(rules.sampling, seed=0), eos_token_id=None)
         self._seen = None
         if rules.sampling.repetition_penalty != 1:
             shape = (self.num_places, self._trunk.vocab_size)
             self._seen = torch.zeros(shape, dtype=torch.bool, device=self._trunk.device)
         while True:
-            changed = self._fill(jobs, rules, policy.longest)
+            changed = self._fill(jobs, rules, eos_token_id, policy.longest)
             if changed:
                 yield changed
                 continue  # whoever took these may have cancelled some
@@ -119,7 +121,7 @@ class Batch:
             self._cycle(policy, rules)
             yield list(self._rows)
 
-    def _fill(self, jobs: Iterator[Job], rules: Rules, longest: int) -> list[Row]:
+    def _fill(self, jobs: Iterator[Job], rules: Rules, eos_token_id: int | None, longest: int) -> list[Row]:
         """Rows that have ended give up their places, waiting jobs take them; returns rows cancelled and begun."""
         changed: list[Row] = []
         for place in reversed(range(len(self._rows))):
@@ -130,7 +132,7 @@ class Batch:
             if row.finish_reason is not None:
                 self._close(place)
         while len(self._rows) < self.num_places and (job := next(jobs, None)) is not None:
-            row = Row(job, rules.eos_token_id)
+            row = Row(job, eos_token_id)
             self._rows.append(row)
             self._randoms.append(RowRandom(job))
             self._begin(len(self._rows) - 1, row, rules, longest)
@@ -174,8 +176,7 @@ class Batch:
             self._seen[place, self._token_ids[place, :num_prompt]] = True
             seen = self._seen[place : place + 1]
         probs = transform(trunk.output_head(normed[:, -1]), rules.sampling, seen)
-        logits_are_finite = bool(torch.isfinite(normed[:, -1]).all()) and bool(torch.isfinite(probs).all())
-        if not logits_are_finite:
+        if not (bool(normed[:, -1].isfinite().all()) and bool(probs.isfinite().all())):
             raise GenerationError(
                 "the model's logits are not finite: its weights are damaged, or overflow in this dtype"
             )

@@ -50,7 +50,7 @@ class Steps:
         name = getattr(step, "__name__", "step").strip("_")
         full_key = (id(getattr(step, "__self__", None)), name, *key)
         if full_key not in self._functions:
-            self._say(f"compiling {name} {' '.join(str(part) for part in key)}".rstrip())
+            self._say(f"compiling {name}")
             self._functions[full_key] = self._compile(step)
             # What differs from key to key must not be taken for something that varies under one key.
             with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
