@@ -23,6 +23,7 @@ from nextn.checkpoint import write_json
 from nextn.decoding import Decoder
 from nextn.mtp import MTPModel, find_checkpoint
 from nextn.report.measurement import held_out_prompts
+from nextn.report.peer_engines import peer_arms
 from nextn.report.peers import (
     PEERS,
     PeerArm,
@@ -30,7 +31,6 @@ from nextn.report.peers import (
     mean_acceptance_length,
     measure_peers,
     our_arm,
-    peer_arms,
 )
 from nextn.report.provenance import collect
 from nextn.training import prepare_held_out, read_recipe

@@ -24,10 +24,12 @@ While decoding, a row of n known tokens has trunk states for positions 0..n-1 at
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import overload
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Count = TypeVar("Count", int, Tensor)
 
 IGNORED = -100
 """Label value that is neither predicted nor counted (the value torch's cross-entropy ignores)."""
@@ -163,22 +165,18 @@ def count_labels(
     return torch.stack(counts)
 
 
-@overload
-def num_final_positions(num_tokens: int, depth: int) -> int: ...
-
-
-@overload
-def num_final_positions(num_tokens: Tensor, depth: int) -> Tensor: ...
-
-
-def num_final_positions(num_tokens: int | Tensor, depth: int) -> int | Tensor:
+def num_final_positions(num_tokens: Count, depth: int) -> Count:
     """Positions of depth k whose embedded token t[i+k] is among the first `num_tokens` tokens: max(num_tokens - k, 0).
+
+    `num_tokens` is one number or a tensor of them, int64 of any shape, and so is the result.
 
     A depth's cache keeps exactly these positions after verification: with tokens t[0..n-1] final, depth k's states at
     i = 0..n-1-k read final tokens only.
 
     >>> [num_final_positions(5, depth) for depth in (0, 1, 2)]
     [5, 4, 3]
+    >>> num_final_positions(torch.tensor([5, 1]), depth=2).tolist()
+    [3, 0]
     """
     return (num_tokens - depth).clamp(min=0) if isinstance(num_tokens, Tensor) else max(num_tokens - depth, 0)
 

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from nextn.cli.main import app
 from nextn.decoding import verify
-from nextn.decoding.draft import MTPDrafter
+from nextn.decoding.mtp_drafts import MTPDrafter
 from nextn.errors import NextnError
 from nextn.model.cache import LayerCache
-from nextn.report import lossless
+from nextn.report.lossless import sampling
 
 from ..unit.test_lossless_suite import accept_everything, claim_another_law, no_residual, write_once
 from .test_commands import RECIPE
@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def inside(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(lossless, "NUM_SAMPLES", (300,))
+    monkeypatch.setattr(sampling, "NUM_SAMPLES", (300,))
 
 
 def test_a_lossless_checkpoint_gives_exit_code_0_a_table_and_a_file():

@@ -19,9 +19,9 @@ from nextn.config import MTPConfig
 from nextn.data.tokenizers import ByteTokenizer
 from nextn.decoding import Decoder, GenerationResult, batch, generate, plain_reference
 from nextn.decoding.batch import Batch
-from nextn.decoding.draft import MTPDrafter
-from nextn.decoding.engine_drafts import SingleCacheDrafter
+from nextn.decoding.mtp_drafts import MTPDrafter
 from nextn.decoding.policy import AdaptiveLength
+from nextn.decoding.single_cache import SingleCacheDrafter
 from nextn.decoding.vocabulary import DraftVocabulary
 from nextn.errors import GenerationError
 from nextn.interop.adapter import TransformersTrunk

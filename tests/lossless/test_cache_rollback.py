@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nextn.decoding import generate, plain_reference
-from nextn.decoding.draft import BatchTokens, MTPDrafter
-from nextn.decoding.engine_drafts import SingleCacheDrafter
+from nextn.decoding.draft import BatchTokens
+from nextn.decoding.mtp_drafts import MTPDrafter
 from nextn.decoding.sampling import SamplingConfig, transform
+from nextn.decoding.single_cache import SingleCacheDrafter
 from nextn.model import Trunk
 from nextn.model.cache import LayerCache
 from nextn.mtp import MTPModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nextn.decoding import engine_drafts, generate, plain_reference
+from nextn.decoding import generate, plain_reference, single_cache
 from nextn.decoding.engine_drafts import DRAFTING, SINGLE_CACHE
 from nextn.decoding.sampling import SamplingConfig
 from nextn.mtp import MTPModel
@@ -55,5 +55,5 @@ def test_sampled_text_has_the_law_of_plain_sampling(half_trained: MTPModel, draf
 
 def test_a_greedy_draft_that_claims_to_be_sampled_is_caught(half_trained: MTPModel, monkeypatch: pytest.MonkeyPatch):
     """The distribution returned must be the one drafted from: one-hot, where the most likely token is drafted."""
-    monkeypatch.setattr(engine_drafts, "GREEDY", SamplingConfig(**SETTINGS))
+    monkeypatch.setattr(single_cache, "GREEDY", SamplingConfig(**SETTINGS))
     assert law_score(half_trained, "vllm") > CRITICAL

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nextn.decoding import generate, plain_reference
-from nextn.decoding.draft import MTPDrafter
+from nextn.decoding.mtp_drafts import MTPDrafter
 from nextn.errors import GenerationError
 from nextn.model.cache import LayerCache
 from nextn.mtp import SCHEMES, MTPModel

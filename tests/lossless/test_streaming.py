@@ -14,9 +14,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from nextn.data.tokenizers import REPLACEMENT, ByteTokenizer, SavedTokenizer
 from nextn.decoding import Decoder, Piece
-from nextn.decoding.decoder import _GrowingText
 from nextn.decoding.rows import Job, Row
 from nextn.decoding.stopping import StopStrings
+from nextn.decoding.stream import _GrowingText
 from nextn.errors import GenerationError
 from nextn.mtp import MTPModel
 

@@ -16,10 +16,13 @@ from nextn.decoding.policy import Cycle, FixedLength
 from nextn.decoding.statistics import AcceptanceStatistics
 from nextn.errors import ConfigError
 from nextn.interop.serving import Completion
-from nextn.report import bench, bench_page, peers, verdict
+from nextn.report import bench_page, peers, verdict
 from nextn.report.approaches import Approach, TrainedModel, approaches, trained_model
-from nextn.report.bench import CHECKPOINT, Arm, BenchReport, Runner, Setting, Timed, arms_of, measure_setting
+from nextn.report.bench_arms import CHECKPOINT, Arm, arms_of
+from nextn.report.bench_figures import BenchReport, Setting
+from nextn.report.bench_timing import Runner, Timed, measure_setting, tokens_per_forward
 from nextn.report.measurement import in_turn
+from nextn.report.peer_engines import check_peers
 from nextn.report.schema import Speedup
 from nextn.report.verdict import decide, summarise
 from nextn.tables import to_table
@@ -223,7 +226,7 @@ def test_costs_are_means_over_full_cycles_and_the_policy_is_put_back(monkeypatch
 def test_cycles_that_draft_nothing_lower_tokens_per_forward_and_not_the_mean_acceptance_length():
     one = result(1.0, {2: (0, 0, 2)}, (0, 1, 2, 0, 0, 0, 1, 2, 0))  # 3 tokens, 1, 1, 3
     assert one.stats.mean_acceptance_length == 3.0
-    assert bench.tokens_per_forward([one]) == 2.0
+    assert tokens_per_forward([one]) == 2.0
 
 
 # ------------------------------------------------------------------------------------------------------------ the peers
@@ -256,10 +259,10 @@ def test_every_prompt_goes_to_every_engine_in_turn_and_outputs_are_compared_with
 
 def test_a_peer_that_is_unknown_or_not_installed_is_an_error_that_helps(tmp_path: Path):
     with pytest.raises(ConfigError, match="transformers, vllm, llamacpp, or none; got 'sglang'"):
-        peers.check_peers(["sglang"], tmp_path)
+        check_peers(["sglang"], tmp_path)
     for name in ("vllm", "llamacpp"):
         with pytest.raises(ConfigError, match=f"{name} is not installed.*make engines"):
-            peers.check_peers([name], tmp_path)
+            check_peers([name], tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- the approaches

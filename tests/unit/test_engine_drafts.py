@@ -14,15 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nextn.config import MTPConfig
-from nextn.decoding import engine_drafts, generate
-from nextn.decoding.draft import BatchTokens, Drafts, MTPDrafter
-from nextn.decoding.engine_drafts import (
-    DRAFTING,
-    SINGLE_CACHE,
-    SingleCacheConvention,
-    SingleCacheDrafter,
-)
+from nextn.decoding import generate, single_cache
+from nextn.decoding.draft import BatchTokens, Drafts
+from nextn.decoding.engine_drafts import DRAFTING, SINGLE_CACHE
+from nextn.decoding.mtp_drafts import MTPDrafter
 from nextn.decoding.sampling import SamplingConfig, transform
+from nextn.decoding.single_cache import SingleCacheConvention, SingleCacheDrafter
 from nextn.errors import GenerationError
 from nextn.mtp import MTPModel
 
@@ -35,7 +32,7 @@ ENGINES = list(SINGLE_CACHE)
 @pytest.fixture(autouse=True)
 def show_probabilities(monkeypatch: pytest.MonkeyPatch):
     """Drafters return what they drafted from, not one-hot rows; they still draft the most likely token."""
-    monkeypatch.setattr(engine_drafts, "GREEDY", SAMPLING)
+    monkeypatch.setattr(single_cache, "GREEDY", SAMPLING)
 
 
 def model_with_random_norms(seed: int, **conventions: Any) -> MTPModel:

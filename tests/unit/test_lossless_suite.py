@@ -13,21 +13,14 @@ from torch import Tensor
 
 from nextn.decoding import verify
 from nextn.decoding.batch import Batch
-from nextn.decoding.draft import MTPDrafter
+from nextn.decoding.mtp_drafts import MTPDrafter
+from nextn.decoding.sampling import transform
 from nextn.decoding.verify import Verification
 from nextn.model.cache import LayerCache
 from nextn.mtp import MTPModel
-from nextn.report import lossless
-from nextn.report.lossless import (
-    Check,
-    Subject,
-    WithoutResidual,
-    bfloat16_divergence,
-    chi_square_p_value,
-    exact_law,
-    first_difference,
-    lossless_checks,
-)
+from nextn.report.lossless import Check, Subject, bfloat16_divergence, lossless_checks, sampling
+from nextn.report.lossless.differences import differences, first_difference, text_check
+from nextn.report.lossless.sampling import WithoutResidual, chi_square_p_value, exact_law
 
 from ..lossless.conftest import TEXT, TINY, memorising_model
 
@@ -42,7 +35,7 @@ def model() -> MTPModel:
 
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lossless, "NUM_SAMPLES", (200, 400))
+    monkeypatch.setattr(sampling, "NUM_SAMPLES", (200, 400))
 
 
 def outcome(subject: Subject) -> dict[str, Check]:
@@ -185,10 +178,10 @@ def test_a_difference_at_a_tie_is_counted_and_not_held_against_the_model(model: 
     twin = next(token for token in range(TINY.vocab_size) if token not in (*plain, *PROMPTS[0]))
     with torch.no_grad():
         tied.trunk.output_head.weight[twin] = tied.trunk.output_head.weight[plain[0]]
-    (found,) = lossless.differences(subject, [plain], [[twin, *plain[1:]]], "by hand")
+    (found,) = differences(subject, [plain], [[twin, *plain[1:]]], "by hand")
     assert found.is_near_tie
     assert found.top_two_margin == 0
-    check = lossless._text_check("greedy", "", 1, [found])
+    check = text_check("greedy", "", 1, [found])
     assert check.passed
     assert "1 near ties" in check.finding
 
@@ -211,7 +204,7 @@ def test_the_exact_law_is_a_law_and_its_first_token_that_of_one_forward(model: M
     assert sum(law.values()) == pytest.approx(1, abs=1e-5)
     assert len(law) == 4**3
     with torch.inference_mode():
-        probs = lossless.transform(model.trunk(torch.tensor([PROMPTS[0]]))[0, -1], lossless.SAMPLING)
+        probs = transform(model.trunk(torch.tensor([PROMPTS[0]]))[0, -1], sampling.SAMPLING)
     first = torch.zeros(TINY.vocab_size)
     for (token, *_), weight in law.items():
         first[token] += weight

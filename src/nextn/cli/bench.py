@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 import nextn
 from nextn.checkpoint import write_json
-from nextn.cli.output import figures_table, interruptible, messages, status
+from nextn.cli.bench_output import BenchProgress, print_report
+from nextn.cli.output import interruptible, messages, status
 from nextn.decoding.engine_drafts import AS_TRAINED, DRAFTING, RECYCLED, usual_drafting
 from nextn.decoding.policy import policy_of
 from nextn.decoding.request import longest_draft, resolve_draft_length, resolve_verifier
@@ -23,25 +19,21 @@ from nextn.decoding.sampling import SamplingConfig
 from nextn.decoding.verify import VERIFIERS
 from nextn.errors import GenerationError
 from nextn.mtp import MTPModel, find_checkpoint
-from nextn.report.approaches import Approach
-from nextn.report.bench import BenchReport, DraftLength, Setting, SettingFigures, arms_of
+from nextn.report.bench_arms import DraftLength, arms_of
+from nextn.report.bench_figures import BenchReport, Setting
 from nextn.report.bench_page import write_page
 from nextn.report.bench_run import Plan, approaches_of, measure, prompt_sets
-from nextn.report.html import count, duration, plural
-from nextn.report.peers import PEERS, TRANSFORMERS, PeerFigures, check_peers
+from nextn.report.peer_engines import check_peers
+from nextn.report.peers import PEERS, TRANSFORMERS
 from nextn.report.prompts import CODE, HELD_OUT, check_prompt_set
 from nextn.report.provenance import collect
 from nextn.tables import to_table
 
+USUAL = {"batch_sizes": "1", "temperatures": "0,1", "context": ""}
 FULL = {"batch_sizes": "1,4,16", "temperatures": "0,1", "context": "128,768"}
-"""What `--full` measures, where an option does not say otherwise."""
+"""What is measured, without and with `--full`, where an option does not say otherwise."""
 
 FULL_DRAFT_LENGTH = 5
-
-WIDTH = 120
-"""Columns where the output is no terminal."""
-
-USUAL = {"batch_sizes": "1", "temperatures": "0,1", "context": ""}
 
 LOSSY = tuple(name for name, verifier in VERIFIERS.items() if not verifier.is_lossless)
 
@@ -169,7 +161,7 @@ def bench(
             f"--parallel {parallel} has no MTP depths, so it cannot draft; name one that was trained with them"
         )
     drafting = as_ or usual_drafting(model.scheme)
-    emulates = drafting not in (AS_TRAINED, RECYCLED)
+    emulates = _emulates_an_engine(drafting)
     arms = arms_of(
         model,
         _draft_lengths(model, draft_lengths, drafting, FULL_DRAFT_LENGTH if full else None),
@@ -196,7 +188,7 @@ def bench(
         folder=folder,
         model=model,
     )
-    with interruptible(console, "nothing was written"), _Progress(console, plan.num_runs) as progress:
+    with interruptible(console, "nothing was written"), BenchProgress(console, plan.num_runs) as progress:
         measured, peers_found, notes = measure(plan, progress)
     if emulates:
         notes.append(f"AL and acceptance are those of {as_}'s drafts; tokens per second are nextn's, not {as_}'s")
@@ -217,8 +209,7 @@ def bench(
         },
         provenance=collect(seed=0, device=device, corpus={"prompt_sets": [given.source for _, given in sets]}),
     )
-    output = Console()
-    _print(output if output.is_terminal else Console(width=WIDTH), report)
+    print_report(report)
     if json is not None:
         write_json(json, to_table(report))
     if html is not None:
@@ -237,6 +228,10 @@ def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
         raise GenerationError(f"{option} takes numbers separated by commas, such as 1,4; got {text!r}") from None
 
 
+def _emulates_an_engine(drafting: str) -> bool:
+    return drafting not in (AS_TRAINED, RECYCLED)
+
+
 def _draft_lengths(model: MTPModel, wanted: str | None, drafting: str, usual: int | None) -> list[DraftLength]:
     """Each N once, in growing order, adaptive last; 1 to `usual` where no N is wanted, as far as the scheme can draft.
 
@@ -244,7 +239,7 @@ def _draft_lengths(model: MTPModel, wanted: str | None, drafting: str, usual: in
     """
     if wanted is None:
         longest = resolve_draft_length(model, None, drafting)
-        if drafting not in (AS_TRAINED, RECYCLED):
+        if _emulates_an_engine(drafting):
             return [longest] if drafting == "transformers" else list(range(1, longest + 1))
         if usual is not None and longest:
             most = longest_draft(model)
@@ -260,7 +255,7 @@ def _draft_lengths(model: MTPModel, wanted: str | None, drafting: str, usual: in
         ) from None
     lengths: list[DraftLength] = sorted({resolve_draft_length(model, length, drafting) for length in fixed} - {0})
     if "adaptive" in parts:
-        if drafting not in (AS_TRAINED, RECYCLED) or policy_of("adaptive", longest_draft(model)).longest == 0:
+        if _emulates_an_engine(drafting) or policy_of("adaptive", longest_draft(model)).longest == 0:
             raise GenerationError(
                 "adaptive needs MTP depths, drafting as no engine does; leave it out of --draft-lengths"
             )
@@ -275,140 +270,3 @@ def _peers(wanted: str | None, engines: Path) -> list[str]:
     names = [name for name in dict.fromkeys(part.strip() for part in wanted.split(",")) if name not in ("", "none")]
     check_peers(names, engines)
     return names
-
-
-class _Progress:
-    """A bar with the time left on a terminal; elsewhere a line at the beginning of each setting."""
-
-    def __init__(self, console: Console, num_runs: int):
-        self._console, self._num_runs, self._num_done = console, num_runs, 0
-        self._bar = Progress(console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task("", total=num_runs)
-        self._started = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def begin(self, text: str) -> None:
-        """A setting begins."""
-        left = ""
-        if self._num_done:
-            per_run_s = (time.monotonic() - self._started) / self._num_done
-            left = f" (about {duration(per_run_s * (self._num_runs - self._num_done))} left)"
-        self._console.print(text + left)
-
-    def describe(self, text: str) -> None:
-        """Tell what is being done."""
-        self._bar.update(self._task, description=text)
-
-    def advance(self, arm: str) -> None:
-        """A run is done."""
-        self._num_done += 1
-        self._bar.update(self._task, description=arm, advance=1)
-
-
-# ----------------------------------------------------------------------------------------------------------- the tables
-
-
-def _print(console: Console, report: BenchReport) -> None:
-    """A table per setting, then peers, approaches, notes and the verdict."""
-    for figures in report.settings:
-        console.print(_arms_table(figures))
-    if report.peers:
-        for setting in dict.fromkeys(peer.setting for peer in report.peers):
-            console.print(_peers_table(setting, [peer for peer in report.peers if peer.setting == setting]))
-    if report.approaches:
-        console.print(_approaches_table(report.approaches, report.settings[0].setting))
-    for line in (*report.notes, *report.verdicts):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-    console.print(f"verdict: {report.summary}", style="bold", soft_wrap=True, markup=False, highlight=False)
-
-
-def _arms_table(figures: SettingFigures) -> Table:
-    """One row per arm; rates and speedups are medians with their range, acceptance is unconditional, in percent."""
-    repeated = figures.arms[0].repeated_text_share
-    title = (
-        f"{figures.setting.name}: {plural(figures.num_prompts, 'prompt')}, {figures.max_new_tokens} tokens each, "
-        f"repeated text {repeated:.0%}"
-    )
-    headings = ("arm", "AL", "v", "c", "pred.", "speedup", "range", "tok/s", "same", "accepted %")
-    table = figures_table(title, headings)
-    table.padding = (0, 0)
-    for column in table.columns[1:-1]:
-        column.no_wrap = True
-    for arm in figures.arms:
-        compared = arm.num_compared_outputs
-        same = "-" if compared is None else f"{arm.num_identical_outputs}/{compared}"
-        table.add_row(
-            arm.name,
-            "-" if arm.is_plain else f"{arm.mean_acceptance_length:.2f}",
-            _fixed(arm.verify_cost),
-            "-" if arm.is_plain else _fixed(arm.draft_cost),
-            "-" if arm.is_plain else _fixed(arm.predicted_speedup),
-            f"{arm.speedup.median:.2f}x",
-            f"{arm.speedup.lowest:.2f}-{arm.speedup.highest:.2f}",
-            f"{statistics.median(arm.decode_tok_per_s):.0f}",
-            same if arm.is_lossless else f"{arm.changed_share:.0%} other",
-            " ".join("-" if share is None else f"{100 * share:.0f}" for share in arm.acceptance_unconditional) or "-",
-        )
-    return table
-
-
-def _peers_table(setting: str, peers: Sequence[PeerFigures]) -> Table:
-    """Rates include reading the prompt; speedup is over the same engine's plain decoding."""
-    table = figures_table(
-        f"other engines, prompts included: {setting}", ("engine", "N", "AL", "tok/s", "range", "speedup", "same")
-    )
-    for peer in peers:
-        rates = peer.end_to_end_tok_per_s
-        table.add_row(
-            peer.engine,
-            str(peer.draft_length),
-            f"{peer.mean_acceptance_length:.2f}" if peer.draft_length else "-",
-            f"{statistics.median(rates):.0f}",
-            f"{min(rates):.0f}-{max(rates):.0f}",
-            f"{peer.speedup.median:.2f}x",
-            f"{peer.num_identical_outputs}/{peer.num_compared_outputs}",
-        )
-    return table
-
-
-def _approaches_table(rows: Sequence[Approach], setting: Setting) -> Table:
-    headings = (
-        "approach",
-        "training",
-        "tokens",
-        "bits/byte",
-        "parameters",
-        "extra",
-        "tok/s",
-        "speedup",
-        "decoded with",
-    )
-    table = figures_table(f"four approaches, {setting.name}", headings)
-    table.padding = (0, 0)
-    for row in rows:
-        table.add_row(
-            row.name,
-            "-" if row.training_s is None else duration(row.training_s),
-            _count(row.num_training_tokens),
-            _fixed(row.bits_per_byte, 3),
-            _count(row.num_parameters),
-            _count(row.num_extra_parameters),
-            _fixed(row.decode_tok_per_s, 0),
-            "-" if row.speedup is None else f"{row.speedup:.2f}x",
-            row.arm,
-        )
-    return table
-
-
-def _fixed(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _count(value: int | None) -> str:
-    return "-" if value is None else count(value)

@@ -17,11 +17,10 @@ from nextn.decoding import Decoder, GenerationResult, SamplingConfig
 from nextn.decoding.decoder import PROMPT_LOOKUP
 from nextn.decoding.request import resolve_verifier
 from nextn.decoding.vocabulary import DraftVocabulary
-from nextn.errors import DeviceError, GenerationError
+from nextn.errors import GenerationError
 from nextn.model.prepared import WEIGHT_FORMS, WeightForm
 from nextn.mtp import MTPModel
 from nextn.report.schema import pieces_of
-from nextn.training.hardware import require_compiler
 
 DEPTH_STYLES = ("", "black on #6ad4f5", "black on #7fe58a", "black on #f5dd8a", "black on #ff9a70", "black on #e88af5")
 """Colour of a token by its place in the draft: none for the trunk's own; places beyond the last take the last.
@@ -154,8 +153,6 @@ def generate(
         messages().print("this model has no MTP depths: decoding plainly; --drafter prompt_lookup drafts without them")
     if weights == "int8":
         messages().print("int8: weights rounded to 8 bits are another model; its text is not the checkpoint's")
-    if compiled:
-        _require_compiler(model)
     decoder = Decoder(
         model,
         batch_size=batch_size,
@@ -225,16 +222,6 @@ def _refuse_to_stream(show_drafts: bool, is_lossy: bool, interleaves: bool) -> N
     for reason, holds in reasons.items():
         if holds:
             raise GenerationError(f"--stream prints one text as it grows, but {reason}; leave one of them out")
-
-
-def _require_compiler(model: MTPModel) -> None:
-    try:
-        require_compiler(model.trunk.device)
-    except DeviceError:
-        raise DeviceError(
-            "--compile needs a C++ compiler on a CPU and none of $CXX, g++, clang++, c++ was found; "
-            "install one (Debian: apt-get install g++) or leave --compile out"
-        ) from None
 
 
 def _print_stream(decoder: Decoder, prompts: Sequence[str], settings: Mapping[str, Any]) -> None:

@@ -1,9 +1,11 @@
 """Lossless speculative decoding: draft with the MTP depths, verify with the trunk, count what was accepted."""
 
-from nextn.decoding.decoder import Decoder, GenerationResult, Piece, TokenStream
+from nextn.decoding.decoder import Decoder
 from nextn.decoding.generate import generate, plain_reference
+from nextn.decoding.result import GenerationResult
 from nextn.decoding.sampling import SamplingConfig
 from nextn.decoding.statistics import AcceptanceStatistics
+from nextn.decoding.stream import Piece, TokenStream
 
 __all__ = [
     "AcceptanceStatistics",

@@ -7,7 +7,8 @@ from typing import Literal
 
 import torch
 
-from nextn.decoding.decoder import Decoder, GenerationResult
+from nextn.decoding.decoder import Decoder
+from nextn.decoding.result import GenerationResult
 from nextn.decoding.verify import Verifier
 from nextn.decoding.vocabulary import DraftVocabulary
 from nextn.mtp.model import MTPModel

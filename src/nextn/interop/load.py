@@ -141,7 +141,7 @@ def _transformers_model(
             own = {key: value for key, value in table.items() if key not in ("model_type", "architectures", "auto_map")}
             config = AutoConfig.for_model(kind, **own)
         _check_size(config, files, folder)
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -267,8 +267,11 @@ def _check_copy(inside: str, copy: Tensor, trunk: TransformersTrunk, name: str, 
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers' reports about tensors it leaves out are answered here, and its bars are not ours."""
+def quiet() -> Iterator[None]:
+    """Neither reports below errors nor progress bars of transformers inside the block; afterwards they are as before.
+
+    Its reports are about tensors that it leaves out, and those are answered here.
+    """
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

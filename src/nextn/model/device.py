@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 
 import torch
 
@@ -28,3 +30,19 @@ def resolve_device(name: str) -> torch.device:
     if index >= num_cuda_devices:
         raise DeviceError(f"device {name!r} is not here: this machine has: {here}")
     return torch.device("cuda", index)
+
+
+def require_compiler(device: torch.device, what: str, instead: str) -> None:
+    """Raise DeviceError unless torch.compile has the C++ compiler it needs on a CPU (`CXX`, g++, clang++ or c++).
+
+    Args:
+        device: where compiled code is to run.
+        what: needs it, for the message.
+        instead: how to do without.
+    """
+    candidates = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    if device.type == "cpu" and not any(shutil.which(candidate) for candidate in candidates if candidate):
+        raise DeviceError(
+            f"on a CPU {what} needs a C++ compiler, and none of $CXX, g++, clang++, c++ was found; "
+            f"install one (Debian: apt-get install g++) or {instead}"
+        )

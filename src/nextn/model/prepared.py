@@ -65,7 +65,7 @@ def prepared(model: M, form: WeightForm) -> M:
         form: see the module's docstring; "as_stored" returns the model itself.
 
     Raises:
-        ConfigError: an unknown form, or 8 bits asked of weights that are not bfloat16 or float32.
+        ConfigError: an unknown form.
     """
     if form not in WEIGHT_FORMS:
         raise ConfigError(f"weights must be one of {', '.join(WEIGHT_FORMS)}, got {form!r}")
@@ -118,15 +118,25 @@ class SummedLinear(_LikeLinear):
         return out if self.bias is None else out + self.bias
 
 
+class _Kept:
+    """Keeps a packed weight as long as some copy of its layer lives; copies share it."""
+
+    def __init__(self, linear: nn.Linear):
+        bias = None if linear.bias is None else linear.bias.detach()
+        _PACKED[id(self)] = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1), bias
+        weakref.finalize(self, _PACKED.pop, id(self))
+
+    def __deepcopy__(self, _: Any) -> _Kept:
+        return self
+
+
 class PackedLinear(_LikeLinear):
     """bfloat16 weights reordered by oneDNN."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear)
-        self._number = id(self)
-        bias = None if linear.bias is None else linear.bias.detach()
-        _PACKED[self._number] = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1), bias
-        weakref.finalize(self, _PACKED.pop, self._number)
+        self._kept = _Kept(linear)
+        self._number = id(self._kept)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from markupsafe import Markup
 
 from nextn import checkpoint
-from nextn.report.bench import CHECKPOINT, BenchReport
+from nextn.report.bench_arms import CHECKPOINT
+from nextn.report.bench_figures import BenchReport
 from nextn.report.html import colours, plain, template
 from nextn.tables import flattened
 

@@ -13,18 +13,12 @@ from nextn.config import EvaluationConfig
 from nextn.errors import ExportError, GenerationError
 from nextn.mtp import MTPModel
 from nextn.report.approaches import Approach, approaches, trained_model
-from nextn.report.bench import (
-    CHECKPOINT,
-    PARALLEL,
-    STANDARD,
-    Arm,
-    Runner,
-    Setting,
-    SettingFigures,
-    measure_setting,
-)
+from nextn.report.bench_arms import CHECKPOINT, PARALLEL, STANDARD, Arm
+from nextn.report.bench_figures import Setting, SettingFigures
+from nextn.report.bench_timing import Runner, measure_setting
 from nextn.report.html import plural
-from nextn.report.peers import PeerFigures, measure_peers, our_arm, peer_arms, peer_figures
+from nextn.report.peer_engines import peer_arms
+from nextn.report.peers import PeerFigures, measure_peers, our_arm, peer_figures
 from nextn.report.prompts import CODE, HELD_OUT, STORY, USUAL_NEW_TOKENS, PromptSet, prompt_set
 from nextn.report.provenance import without_absolute_paths
 from nextn.training import read_recipe

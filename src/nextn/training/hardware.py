@@ -1,9 +1,7 @@
-"""Which number format a run uses, and why; and whether it can compile."""
+"""Which number format a run uses, and why."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -58,13 +56,3 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
             return torch.cuda.is_bf16_supported(including_emulation=False)
     # AMX and AVX512-BF16 are the x86 instructions that multiply bfloat16; torch has had these two queries since 2.5.
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-
-
-def require_compiler(device: torch.device) -> None:
-    """Raise DeviceError unless torch.compile has the C++ compiler it needs on a CPU (`CXX`, g++, clang++ or c++)."""
-    candidates = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    if device.type == "cpu" and not any(shutil.which(candidate) for candidate in candidates if candidate):
-        raise DeviceError(
-            "training.compile = true needs a C++ compiler on a CPU and none of $CXX, g++, clang++, c++ was found; "
-            "install one (Debian: apt-get install g++) or set training.compile = false"
-        )

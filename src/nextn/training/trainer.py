@@ -18,12 +18,12 @@ from nextn.config import Recipe
 from nextn.data import PackedTokens, RowSampler, token_importance, validation_rows
 from nextn.errors import CheckpointError, DivergenceError
 from nextn.model.balancing import update_routing_biases
-from nextn.model.device import resolve_device
+from nextn.model.device import require_compiler, resolve_device
 from nextn.mtp import MTPModel
 from nextn.objective import Progress, StepObjective, batch_totals
 from nextn.tables import to_table
 from nextn.training.evaluation import evaluate_teacher_forced
-from nextn.training.hardware import require_compiler, resolve_precision
+from nextn.training.hardware import resolve_precision
 from nextn.training.metrics import MetricsWriter, read_metrics, require_tensorboard
 from nextn.training.optimizer import TrainingOptimizer
 from nextn.training.prepare import check_recipe
@@ -117,7 +117,7 @@ class Trainer:
         if training.tensorboard:
             require_tensorboard()
         if training.compile:
-            require_compiler(self.device)
+            require_compiler(self.device, "training.compile = true", "set training.compile = false")
             self.model.compile_layers()
         if training.recompute:
             self.model.recompute_layers()
