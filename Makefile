@@ -8,7 +8,7 @@ STAMP_DEV := $(VENV)/.installed-dev
 # torch comes first and alone: under a constraint that names it exactly, pip takes the build this machine offers.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-slow engines test-engines check format benchmark clean
+.PHONY: help demo test test-slow engines test-engines check format benchmark studies-small clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ format: $(STAMP_DEV)  ## Rewrite the sources as ruff formats them.
 
 benchmark: $(STAMP_RUN)  ## Cost of a training step: ours beside transformers, K = 0..4, three vocabularies (ten minutes).
 	$(BIN)/python benchmarks/train_step.py --profile
+
+studies-small: $(STAMP_RUN)  ## The claims page from runs too short to believe (ten minutes): runs/studies/claims-small/study.html.
+	$(BIN)/nextn study recipes/studies/claims.toml --scale small --devices cpu,cpu
 
 clean:  ## Remove the virtual environment and caches; runs stay.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build src/*.egg-info

@@ -6,6 +6,7 @@
     ├── CheckpointError   a checkpoint is missing, truncated, foreign, incomplete or a pickle
     ├── DeviceError       the device or the dtype asked for is not there
     ├── DivergenceError   training met a loss or gradient that is NaN or infinite
+    ├── StudyError        a run of a study failed
     ├── GenerationError   a decoding request cannot be served (empty prompt, too long, ...)
     └── ExportError       an engine cannot serve this model, or not with its MTP modules
 
@@ -44,3 +45,7 @@ class GenerationError(NextnError):
 
 class ExportError(NextnError):
     """An engine cannot serve this model, or not with its MTP modules; the message lists every reason."""
+
+
+class StudyError(NextnError):
+    """A run of a study failed, or its parts do not fit together."""

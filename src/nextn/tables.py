@@ -40,6 +40,19 @@ def override(table: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, 
     return result
 
 
+def overlaid(table: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of nested tables with the values of others, of any depth, put over them.
+
+    >>> overlaid({"mtp": {"num_depths": 1, "scheme": "sequential"}}, {"mtp": {"num_depths": 3}})
+    {'mtp': {'num_depths': 3, 'scheme': 'sequential'}}
+    """
+    result = dict(table)
+    for key, value in changes.items():
+        old = result.get(key)
+        result[key] = overlaid(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -80,7 +93,20 @@ def _build(settings_class: type[Table], table: Mapping[str, Any], where: str, ho
             known = f"{'[' + where + ']' if where else 'A recipe'} knows: {', '.join(sorted(hints))}"
             raise ConfigError(f"unknown setting {name!r}; {' '.join([*ways_out, known])}")
         values[key] = _convert(value, hints[key], name, homes)
+    if missing := sorted(_required(settings_class) - values.keys()):
+        raise ConfigError(
+            f"{where or 'the table'} lacks {', '.join(missing)}: written by another version of nextn, or cut short"
+        )
     return settings_class(**values)
+
+
+def _required(settings_class: Any) -> set[str]:
+    """Fields without a default."""
+    return {
+        field.name
+        for field in dataclasses.fields(settings_class)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
 
 
 def _convert(value: Any, kind: Any, name: str, homes: Mapping[str, list[str]]) -> Any:
@@ -102,7 +128,13 @@ def _convert(value: Any, kind: Any, name: str, homes: Mapping[str, list[str]]) -
             raise ConfigError(f"{name} must be a list, got {value!r}")
         if arguments[-1] is not Ellipsis and len(value) != len(arguments):
             raise ConfigError(f"{name} must have {len(arguments)} values, got {value!r}")
-        return tuple(_convert(item, arguments[0], name, homes) for item in value)
+        return tuple(_convert(item, arguments[0], f"{name}[{index}]", homes) for index, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name} must be a table, got {value!r}")
+        return {key: _convert(item, arguments[1], f"{name}.{key}", homes) for key, item in value.items()}
+    if kind is Any:
+        return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, float) and not math.isfinite(value):

@@ -44,7 +44,10 @@ def test_every_setting_says_what_it_means():
     ("table", "message"),
     [
         ({"modell": {}}, "unknown setting 'modell'; did you mean 'model'"),
-        ({"training": {"lam": 1}}, r"unknown setting 'training.lam'; \[training\] knows: batch_size"),
+        (
+            {"training": {"lam": 1}},
+            r"'training.lam'; \[training\] knows: balance_mtp_blocks, batch_size",
+        ),
         ({"data": {"num_steps": 3}}, r"'data.num_steps'; num_steps is a setting of \[training\]"),
         ({"concat": 1}, r"'concat'; concat is a setting of \[mtp\]"),
         ({"detach": {}}, r"did you mean 'data'\? detach is a setting of \[objective\]"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from nextn.config import ModelConfig
 from nextn.model.balancing import ExpertUsage, balance_loss, update_routing_biases
 from nextn.model.moe import Experts, MixtureOfExperts, Router
+from tests.e2e.tiny_run import recipe_with, trainer
 
 SMALL = ModelConfig(vocab_size=11, hidden_size=16, moe_intermediate_size=12, n_routed_experts=6, num_experts_per_tok=2)
 
@@ -115,6 +117,27 @@ def test_speed_zero_and_layers_without_tokens_leave_the_biases_alone():
     update_routing_biases(layer, {"": torch.tensor([9, 1, 5, 5, 5, 5])}, speed=0.0)
     update_routing_biases(layer, {"": torch.zeros(6, dtype=torch.int64)}, speed=0.1)
     assert not layer.gate.e_score_correction_bias.any()
+
+
+def biases_after_training(run_folder: Path, balance_mtp_blocks: bool) -> dict[str, list[float]]:
+    """Routing biases by layer after three steps."""
+    run = trainer(run_folder, recipe_with(training={"balance_mtp_blocks": balance_mtp_blocks}))
+    run.model.train()
+    for _ in range(3):
+        run.step()
+    return {name: b.tolist() for name, b in run.model.named_buffers() if name.endswith("e_score_correction_bias")}
+
+
+def check_only_the_trunk_is_balanced(biases: dict[str, list[float]]) -> None:
+    assert {name.split(".")[0] for name in biases} == {"trunk", "scheme"}
+    for name, values in biases.items():
+        assert any(values) == name.startswith("trunk."), name
+
+
+def test_mtp_blocks_that_are_not_to_be_balanced_keep_their_biases_while_the_trunks_move(tmp_path: Path):
+    check_only_the_trunk_is_balanced(biases_after_training(tmp_path, balance_mtp_blocks=False))
+    with pytest.raises(AssertionError, match="scheme"):
+        check_only_the_trunk_is_balanced(biases_after_training(tmp_path, balance_mtp_blocks=True))
 
 
 @settings(max_examples=30, deadline=None)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from nextn.checkpoint import atomic_folder
 from nextn.config import ModelConfig, MTPConfig
@@ -175,19 +174,6 @@ def test_parameters_and_flops_are_those_worked_out_by_hand(variant: str):
     assert cost.mtp_flops_per_token == pytest.approx(flops_by_hand(TINY, mtp, 32))
     another_depth = flops_by_hand(TINY, replace(mtp, num_depths=4), 32)
     assert cost.mtp_flops_per_token != pytest.approx(another_depth), "a depth more must be noticed"
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_flops_are_those_of_a_counter(variant: str):
-    config = replace(TINY, hidden_size=64, moe_intermediate_size=64, intermediate_size=64)
-    model = MTPModel(config, VARIANTS[variant]).initialize(seed=1).eval()
-    length = 48
-    with FlopCounterMode(display=False) as counter:
-        model(tokens(2, length))
-    cost = model_cost(model, length)
-    predicted = 2 * length * (cost.trunk_flops_per_token + cost.mtp_flops_per_token)
-    # More than predicted: experts' rows are rounded up to whole slots, attention is counted as a whole square.
-    assert 0.98 * predicted <= counter.get_total_flops() <= 1.6 * predicted
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

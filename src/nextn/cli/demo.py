@@ -33,6 +33,7 @@ from nextn.training import (
     read_recipe,
     remove_run,
     time_steps,
+    with_depths_on,
 )
 
 DEMO_RECIPE = Path(__file__).with_name("demo.toml")
@@ -129,8 +130,14 @@ def _plan(minutes: float, assignments: Sequence[str], console: Console) -> tuple
         recipe = fit_vocabulary(recipe, data.tokenizer)
         console.print(data.summary())
         say("timing a few steps with and without MTP")
-        seconds = time_steps(recipe, data, (0, recipe.mtp.num_depths))
-    plain_s, mtp_s = (statistics.median(seconds[num_depths]) for num_depths in (0, recipe.mtp.num_depths))
+        depths = range(1, recipe.mtp.num_depths + 1)
+        recipes = {
+            "K = 0": replace(recipe, mtp=replace(recipe.mtp, num_depths=0)),
+            # At full weight, since a schedule may have depths off in a run's first steps.
+            f"K = {len(depths)}": with_depths_on(recipe, depths),
+        }
+        seconds = time_steps(recipes, data)
+    plain_s, mtp_s = (statistics.median(seconds[name]) for name in ("K = 0", f"K = {len(depths)}"))
     num_steps = max(MIN_STEPS, round(minutes * 60 / mtp_s))
     recipe = replace(recipe, training=replace(recipe.training, num_steps=num_steps))
     provenance = collect(seed=recipe.training.seed, device=device, corpus=data.provenance())

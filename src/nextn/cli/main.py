@@ -16,6 +16,7 @@ from nextn.cli.doctor import doctor
 from nextn.cli.evaluate import evaluate
 from nextn.cli.export import export
 from nextn.cli.generate import generate
+from nextn.cli.study import study
 from nextn.cli.train import train
 from nextn.cli.verify import verify
 from nextn.errors import NextnError
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, evaluate, generate, export, bench, verify, doctor):
+for command in (demo, train, evaluate, generate, export, bench, verify, doctor, study):
     app.command()(command)
 
 

@@ -80,6 +80,9 @@ class TrainingConfig:
     compile: bool = setting(False, "compile the layers with torch.compile (needs a C++ compiler on a CPU)")
     recompute: bool = setting(False, "keep only each layer's input for the backward pass and compute the layer again")
     bias_update_speed: float = setting(0.001, "gamma of auxiliary-loss-free balancing; 0 freezes the biases")
+    balance_mtp_blocks: bool = setting(
+        True, "auxiliary-loss-free balancing also in MTP blocks; false leaves their routing biases as they are"
+    )
     log_every: int = setting(10, "steps between lines of metrics.jsonl")
     evaluate_every: int = setting(200, "steps between evaluations; 0 evaluates at the end only")
     checkpoint_every: int = setting(200, "steps between checkpoints; 0 writes the last one only")

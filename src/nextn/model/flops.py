@@ -1,7 +1,10 @@
 """Floating-point operations of the trunk's parts, per token of a forward pass.
 
-A multiply-add counts as two. Products with weights, attention scores and their values are counted; norms, softmax and
-other elementwise work are not. A backward pass takes twice the forward's.
+A multiply-add counts as two. Counted is what the mathematics asks of matrix products: those with weights (of experts,
+the chosen ones), attention scores and their values, of the pairs that a causal mask admits (half of the T x T square;
+a row counts as one document). Not counted are norms, softmax and other elementwise work, the balance loss, and what an
+implementation adds: rows of experts rounded up, layers or attention scores computed again for the backward pass. What
+the backward pass takes is in `nextn.mtp.cost.step_flops`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,23 @@
-"""What a model and its MTP depths cost: parameters, and floating-point operations per trained token."""
+"""What a model and its MTP depths cost: parameters, and floating-point operations of training."""
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from nextn.model.flops import trunk_flops
+import torch
+
+from nextn.alignment import num_final_positions
+from nextn.config import DetachConfig, ModelConfig, MTPConfig, ObjectiveConfig
+from nextn.errors import ConfigError
+from nextn.model.flops import head_flops, trunk_flops
 from nextn.model.moe import Experts
 from nextn.mtp.model import MTPModel
+from nextn.mtp.routing import NO_DETACH
+from nextn.objective import Progress, depth_weights
 
 
 @dataclass(frozen=True)
@@ -36,8 +47,9 @@ class ModelCost:
 def model_cost(model: MTPModel, sequence_length: int) -> ModelCost:
     """Parameters, and FLOPs per token in rows of `sequence_length` tokens (T).
 
-    Backward passes take twice the forward's operations, so ratios of forward FLOPs are ratios of training FLOPs.
-    `nextn.model.flops` says what is counted.
+    Where no gradient is detached and all depths are on, a step takes three times the forward's operations, so that
+    ratios of forward FLOPs are ratios of training FLOPs; otherwise see `step_flops`. `nextn.model.flops` says what is
+    counted.
     """
     config = model.config
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -52,3 +64,128 @@ def model_cost(model: MTPModel, sequence_length: int) -> ModelCost:
         trunk_flops_per_token=trunk_flops(config, sequence_length),
         mtp_flops_per_token=0.0 if model.scheme is None else model.scheme.flops_per_token(config, sequence_length),
     )
+
+
+def weightless_model(config: ModelConfig, mtp_config: MTPConfig) -> MTPModel:
+    """A model of which only the shapes exist (on torch's meta device): enough to count, of any size.
+
+    Raises ConfigError for a `vocab_size` of 0, which stands for the tokenizer's.
+    """
+    if config.vocab_size == 0:
+        raise ConfigError(
+            "model.vocab_size = 0 stands for the tokenizer's number of tokens, without which nothing can be counted; "
+            "resolve it first (nextn.training.fit_vocabulary)"
+        )
+    with torch.device("meta"):
+        return MTPModel(config, mtp_config)
+
+
+def step_flops(
+    model: MTPModel,
+    sequence_length: int,
+    active_depths: Sequence[int] | None = None,
+    detach: DetachConfig = NO_DETACH,
+) -> float:
+    """FLOPs of a training step, forward and backward, per token of a row; `nextn.model.flops` says what is counted.
+
+    A product takes as much again for the gradient of each of its operands. Left out is what no gradient reaches: the
+    head of a depth that is computed only because others build on it, its module too if they read it detached (but for
+    the balance loss's share in that, which is not counted); the weight of a detached head; the input of heads that
+    read the detached trunk directly.
+
+    Args:
+        model: from `weightless_model`, or with weights.
+        sequence_length: T.
+        active_depths: those with a weight, in growing order; None: 1..K.
+        detach: where the gradients of L_1..L_K stop.
+
+    Raises:
+        ValueError: a depth that the model does not have.
+
+    >>> model = weightless_model(ModelConfig(vocab_size=256), MTPConfig(num_depths=2))
+    >>> round(step_flops(model, 128, active_depths=()) / 1e6, 1)  # the trunk alone
+    23.1
+    >>> round(step_flops(model, 128) / 1e6, 1)
+    30.6
+    """
+    all_depths = range(1, model.num_depths + 1)
+    active = list(all_depths if active_depths is None else active_depths)
+    if not set(active) <= set(all_depths):
+        raise ValueError(f"active_depths = {active}, but the model has depths 1..{model.num_depths}")
+    total = 3 * trunk_flops(model.config, sequence_length)
+    scheme, head = model.scheme, head_flops(model.config)
+    if scheme is None:
+        return total
+    depths = scheme.required_depths(active)
+    modules = {depth: scheme.depth_flops(model.config, depth, sequence_length) - head for depth in depths}
+    reads_constant = detach.trunk and not any(modules.values())
+    for depth in depths:
+        is_active = depth in active
+        is_reached = is_active or not (detach.between_depths and scheme.is_chain)
+        constant_head = detach.head and scheme.head(model.trunk, depth) is model.trunk.output_head
+        head_gradients = 2 - constant_head - reads_constant if is_active else 0
+        flops = modules[depth] * (3 if is_reached else 1) + head * (1 + head_gradients)
+        total += flops * num_final_positions(sequence_length, depth) / sequence_length
+    return total
+
+
+def active_depths(objective: ObjectiveConfig, num_depths: int, progress: Progress) -> tuple[int, ...]:
+    """The depths 1..K with a weight at the step about to be taken.
+
+    >>> from nextn.config import CurriculumConfig
+    >>> forward = ObjectiveConfig(curriculum=CurriculumConfig("forward"))
+    >>> [active_depths(forward, 2, Progress(step, num_steps=3)) for step in range(3)]
+    [(), (1,), (1, 2)]
+    """
+    weights = depth_weights(objective, num_depths, progress)
+    return tuple(depth for depth, weight in enumerate(weights, 1) if weight)
+
+
+def phases(
+    objective: ObjectiveConfig, num_depths: int, sequence_length: int, batch_size: int, num_steps: int
+) -> list[tuple[tuple[int, ...], int]]:
+    """The sets of active depths that occur in a run, in order of first appearance, each with its number of steps.
+
+    >>> from nextn.config import CurriculumConfig
+    >>> forward = ObjectiveConfig(curriculum=CurriculumConfig("forward"))
+    >>> phases(forward, 2, sequence_length=256, batch_size=16, num_steps=100)
+    [((), 34), ((1,), 33), ((1, 2), 33)]
+    """
+    return list(Counter(_active_by_step(objective, num_depths, sequence_length * batch_size, num_steps)).items())
+
+
+def training_flops(
+    config: ModelConfig,
+    mtp_config: MTPConfig,
+    objective: ObjectiveConfig,
+    sequence_length: int,
+    batch_size: int,
+    num_steps: int,
+) -> list[float]:
+    """FLOPs of a run up to and including its first, second, ... step: `num_steps` growing sums of `step_flops`.
+
+    Schedules and curricula count: a depth that is off costs nothing. The optimizer's own work does not.
+
+    Raises ConfigError for a `vocab_size` of 0, or an objective that does not fit K.
+
+    >>> model, objective = ModelConfig(vocab_size=256), ObjectiveConfig()
+    >>> sums = training_flops(model, MTPConfig(), objective, sequence_length=128, batch_size=4, num_steps=3)
+    >>> [round(flops / 1e9, 2) for flops in sums]
+    [13.75, 27.51, 41.26]
+    """
+    model, num_tokens = weightless_model(config, mtp_config), sequence_length * batch_size
+
+    @functools.cache
+    def flops_of(active: tuple[int, ...]) -> float:
+        return num_tokens * step_flops(model, sequence_length, active, objective.detach)
+
+    active_by_step = _active_by_step(objective, mtp_config.num_depths, num_tokens, num_steps)
+    return list(itertools.accumulate(flops_of(active) for active in active_by_step))
+
+
+def _active_by_step(
+    objective: ObjectiveConfig, num_depths: int, num_tokens: int, num_steps: int
+) -> Iterator[tuple[int, ...]]:
+    """Active depths of every step of a run whose steps train `num_tokens` each."""
+    for step in range(num_steps):
+        yield active_depths(objective, num_depths, Progress(step, step * num_tokens, num_steps))

@@ -21,8 +21,8 @@ from nextn.tables import flattened
 # the order shows without colour vision too.
 _DEPTH_RAMP = {"light": ("#0f7ba8", "#3462cf", "#6d2fa3"), "dark": ("#8fe0ff", "#74a5ff", "#b48cf5")}
 _ARM_COLOURS = {
-    "light": ("#c2410c", "#0b7a5e", "#8a6a00", "#475569"),
-    "dark": ("#ff9d66", "#4fd0a5", "#e3c04b", "#a9b4c4"),
+    "light": ("#c2410c", "#0b7a5e", "#8a6a00", "#475569", "#3462cf", "#a21caf", "#0e7490", "#be123c"),
+    "dark": ("#ff9d66", "#4fd0a5", "#e3c04b", "#a9b4c4", "#74a5ff", "#e58cf0", "#5fd6e8", "#ff8aa3"),
 }
 TIMES, NOT_MEASURED = "\u00d7", "\u2013"
 _TINT_OPACITY = {"light": (0.16, 0.30), "dark": (0.24, 0.42)}  # of the first and the last depth

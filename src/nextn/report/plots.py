@@ -23,29 +23,31 @@ from nextn.report.schema import DecodingArm, Speedup
 from nextn.training import TeacherForcedEvaluation
 
 WIDTH, HEIGHT = 410, 280  # px of the page at scale 1
-NUM_ARM_COLOURS = 4
+NUM_ARM_COLOURS = 8
 MAX_BARS_WITH_NUMBERS = 10  # more would overlap
 
-_INK, _MUTED, _FRAME = "#010101", "#020202", "#030303"
-_ROLES = {_INK: "--ink", _MUTED: "--muted", _FRAME: "--frame"}
+INK, MUTED, FRAME = "#010101", "#020202", "#030303"
+"""Stand-ins for the page's colours of text, of lesser text and of lines."""
+
+_ROLES = {INK: "--ink", MUTED: "--muted", FRAME: "--frame"}
 _STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "nextn",
     "font.size": 12,
-    "text.color": _INK,
-    "axes.edgecolor": _FRAME,
-    "axes.labelcolor": _MUTED,
+    "text.color": INK,
+    "axes.edgecolor": FRAME,
+    "axes.labelcolor": MUTED,
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "grid.color": _FRAME,
+    "grid.color": FRAME,
     "grid.linewidth": 0.7,
-    "xtick.color": _FRAME,
-    "ytick.color": _FRAME,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
+    "xtick.color": FRAME,
+    "ytick.color": FRAME,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "lines.solid_capstyle": "round",
@@ -70,17 +72,18 @@ class AcceptingArm(Protocol):
     def acceptance_conditional(self) -> Sequence[float | None]: ...  # noqa: D102
 
 
-_styled = matplotlib.rc_context(_STYLE)  # as a decorator: the settings hold while a plot is made, and only then
+styled = matplotlib.rc_context(_STYLE)
+"""Decorator of every plot: the settings hold while it is made, and only then."""
 
 
-@_styled
+@styled
 def loss_plot(history: Sequence[Mapping[str, Any]]) -> str:
     """Cross-entropy per depth over trained tokens: training as a running mean, evaluations as markers."""
     train = [line for line in history if line["kind"] == "train"]
     evaluations = [line for line in history if line["kind"] == "evaluation"]
-    figure, axes = _figure(height=1.2 * HEIGHT)
+    figure, axes = new_figure(height=1.2 * HEIGHT)
     num_depths = len(history[0]["loss_per_depth"])
-    scale, unit = _token_unit(max(line["num_tokens"] for line in history))
+    scale, unit = token_unit(max(line["num_tokens"] for line in history))
     ends: list[tuple[float, str, str]] = []
     settled: list[float] = []  # losses after the first tenth of training decide the frame
     for depth in range(num_depths):
@@ -106,10 +109,10 @@ def loss_plot(history: Sequence[Mapping[str, Any]]) -> str:
     axes.set_ylabel("loss (nats per token)")
     _label_ends(axes, ends)
     alternative = "Loss per depth over trained tokens; last values: " + ", ".join(text for _, text, _ in ends)
-    return _svg(figure, "loss", alternative)
+    return to_svg(figure, "loss", alternative)
 
 
-@_styled
+@styled
 def acceptance_kinds_plot(teacher_forced: TeacherForcedEvaluation, arms: Sequence[DecodingArm]) -> str:
     """For each depth k >= 1: teacher_forced_accuracy, main_agreement, and conditional acceptance of every arm."""
     num_depths = len(teacher_forced.main_agreement)
@@ -121,7 +124,7 @@ def acceptance_kinds_plot(teacher_forced: TeacherForcedEvaluation, arms: Sequenc
             _number(arm.acceptance_conditional[depth - 1]) if depth <= arm.draft_length else math.nan for arm in arms
         ]
         rows += [(depth, name, value, f"{value:.0%}") for name, value in zip(names, values, strict=True)]
-    figure, axes = _figure(height=max(HEIGHT, 60 + 22 * len(rows) + 14 * num_depths))
+    figure, axes = new_figure(height=max(HEIGHT, 60 + 22 * len(rows) + 14 * num_depths))
     places = [index + 0.7 * (index // len(names)) for index in range(len(rows))]
     for place, (depth, name, value, text) in zip(places, rows, strict=True):
         if math.isfinite(value):
@@ -148,19 +151,19 @@ def acceptance_kinds_plot(teacher_forced: TeacherForcedEvaluation, arms: Sequenc
     alternative = "Three kinds of acceptance: " + "; ".join(
         f"depth {depth} {name} {text}" for depth, name, value, text in rows if math.isfinite(value)
     )
-    return _svg(figure, "kinds", alternative)
+    return to_svg(figure, "kinds", alternative)
 
 
-@_styled
+@styled
 def acceptance_by_depth_plot(arms: Sequence[AcceptingArm]) -> str:
     """Free-running acceptance of drafted token 1..N: conditional solid, unconditional dashed, one colour per arm."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     conditional_ends, unconditional_ends, texts = [], [], []
     for index, arm in enumerate(arms):
         depths = list(range(1, arm.draft_length + 1))
         conditional = [_number(value) for value in arm.acceptance_conditional]
         unconditional = [_number(value) for value in arm.acceptance_unconditional]
-        colour, marker = _arm_colour(index), _ARM_MARKERS[index % len(_ARM_MARKERS)]
+        colour, marker = arm_colour(index), _ARM_MARKERS[index % len(_ARM_MARKERS)]
         axes.plot(depths, conditional, "-", marker=marker, color=colour, linewidth=1.8, markersize=6)
         axes.plot(depths, unconditional, "--", marker=marker, color=colour, linewidth=1.4, markersize=6, mfc="none")
         conditional_ends.append((conditional[-1], f"{arm.name}, conditional", colour))
@@ -176,13 +179,13 @@ def acceptance_by_depth_plot(arms: Sequence[AcceptingArm]) -> str:
     axes.set_xlabel("drafted token (depth)")
     axes.set_ylabel("acceptance")
     _label_ends(axes, [end for end in conditional_ends + unconditional_ends if math.isfinite(end[0])])
-    return _svg(figure, "by-depth", "Acceptance by depth: " + "; ".join(texts))
+    return to_svg(figure, "by-depth", "Acceptance by depth: " + "; ".join(texts))
 
 
-@_styled
+@styled
 def accepted_length_plot(arms: Sequence[DecodingArm]) -> str:
     """Histogram: share of verify cycles that accepted 0, 1, .. N drafted tokens, one bar per arm."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     longest = max(arm.draft_length for arm in arms)
     width = 0.84 / len(arms)
     texts = []
@@ -191,7 +194,7 @@ def accepted_length_plot(arms: Sequence[DecodingArm]) -> str:
         for num_accepted, count in enumerate(arm.histogram):
             place = num_accepted + (index - (len(arms) - 1) / 2) * width
             share = count / num_cycles
-            axes.bar(place, share, width=width * 0.92, color=_arm_colour(index))
+            axes.bar(place, share, width=width * 0.92, color=arm_colour(index))
             if len(arms) * (longest + 1) <= MAX_BARS_WITH_NUMBERS:
                 axes.annotate(
                     f"{share:.0%}", (place, share), (0, 3), textcoords="offset points", ha="center", fontsize=11
@@ -199,7 +202,7 @@ def accepted_length_plot(arms: Sequence[DecodingArm]) -> str:
             texts.append(f"{arm.name} {num_accepted} accepted {share:.0%}")
         axes.annotate(
             arm.name, (1, 1), (0, -4 - 17 * index), xycoords="axes fraction", textcoords="offset points",
-            ha="right", va="top", color=_arm_colour(index), fontweight="bold",
+            ha="right", va="top", color=arm_colour(index), fontweight="bold",
         )  # fmt: skip
     top = axes.get_ylim()[1] * 1.25  # room for the arms' names
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -209,24 +212,24 @@ def accepted_length_plot(arms: Sequence[DecodingArm]) -> str:
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("drafted tokens accepted in a cycle")
     axes.set_ylabel("share of cycles")
-    return _svg(figure, "lengths", "Accepted lengths: " + "; ".join(texts))
+    return to_svg(figure, "lengths", "Accepted lengths: " + "; ".join(texts))
 
 
-@_styled
+@styled
 def tok_per_s_plot(arms: Sequence[DecodingArm]) -> str:
     """Wall-clock rate of plain and speculative decoding: every repeat a dot, the median a bar with its value."""
     rows = []
     for index, arm in enumerate(arms):
-        rows.append((f"{arm.name}\nplain", arm.plain_tok_per_s, _arm_colour(index), False))
-        rows.append((f"{arm.name}\nspeculative", arm.speculative_tok_per_s, _arm_colour(index), True))
-    figure, axes = _figure(height=max(HEIGHT, 60 + 60 * len(rows)))
+        rows.append((f"{arm.name}\nplain", arm.plain_tok_per_s, arm_colour(index), False))
+        rows.append((f"{arm.name}\nspeculative", arm.speculative_tok_per_s, arm_colour(index), True))
+    figure, axes = new_figure(height=max(HEIGHT, 60 + 60 * len(rows)))
     texts = []
     for row, (name, rates, colour, filled) in enumerate(rows):
         place = row + 0.35 * (row // 2)
         spread = [place + 0.16 * math.sin(2.4 * index) for index in range(len(rates))]  # apart, and the same every time
         axes.scatter(rates, spread, s=34, facecolors=colour if filled else "none", edgecolors=colour, alpha=0.75)
         median = statistics.median(rates)
-        axes.plot([median, median], [place - 0.32, place + 0.32], color=_INK, linewidth=2)
+        axes.plot([median, median], [place - 0.32, place + 0.32], color=INK, linewidth=2)
         axes.annotate(
             f"{median:.0f}", (median, place - 0.34), (0, 2), textcoords="offset points", ha="center", va="bottom",
             fontweight="bold", fontsize=11,
@@ -237,10 +240,10 @@ def tok_per_s_plot(arms: Sequence[DecodingArm]) -> str:
     axes.set_xlim(left=0, right=max(max(rates) for _, rates, _, _ in rows) * 1.08)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("new tokens per second, batch 1")
-    return _svg(figure, "rates", "Tokens per second: " + "; ".join(texts))
+    return to_svg(figure, "rates", "Tokens per second: " + "; ".join(texts))
 
 
-@_styled
+@styled
 def speedup_plot(number: int, speedups: Mapping[str, Speedup]) -> str:
     """Speedup of each arm: the median a bar with its value, the range a line; 1 is plain decoding.
 
@@ -248,32 +251,32 @@ def speedup_plot(number: int, speedups: Mapping[str, Speedup]) -> str:
         number: of the plot on its page.
         speedups: by name of the arm, from top to bottom.
     """
-    figure, axes = _figure(height=max(0.5 * HEIGHT, 60 + 26 * len(speedups)))
+    figure, axes = new_figure(height=max(0.5 * HEIGHT, 60 + 26 * len(speedups)))
     for place, speedup in enumerate(speedups.values()):
         axes.barh(place, speedup.median, height=0.62, color=_depth_colour(1), alpha=0.85 if speedup.lowest > 1 else 0.4)
-        axes.plot([speedup.lowest, speedup.highest], [place, place], color=_INK, linewidth=1.6)
+        axes.plot([speedup.lowest, speedup.highest], [place, place], color=INK, linewidth=1.6)
         axes.annotate(
             f"{speedup.median:.2f}", (speedup.highest, place), (5, 0), textcoords="offset points", va="center",
             fontsize=11,
         )  # fmt: skip
-    axes.axvline(1.0, color=_MUTED, linewidth=1, linestyle=(0, (2, 2)))
+    axes.axvline(1.0, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
     axes.set_yticks(range(len(speedups)), list(speedups), fontsize=11)
     axes.set_ylim(len(speedups) - 0.4, -0.6)
     axes.set_xlim(0, max([1.0, *(speedup.highest for speedup in speedups.values())]) * 1.15)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("speedup over the fastest plain decoding")
     texts = [f"{name} {one.median:.2f}, {one.lowest:.2f} to {one.highest:.2f}" for name, one in speedups.items()]
-    return _svg(figure, f"speedup-{number}", "Speedup: " + "; ".join(texts))
+    return to_svg(figure, f"speedup-{number}", "Speedup: " + "; ".join(texts))
 
 
-@_styled
+@styled
 def expert_load_plot(history: Sequence[Mapping[str, Any]]) -> str | None:
     """Load of the busiest expert over the mean load, in the worst layer and the median one; None for a dense model."""
     lines = [line for line in history if line["kind"] == "train" and line.get("expert_load_max_over_mean")]
     if not lines:
         return None
-    figure, axes = _figure()
-    scale, unit = _token_unit(lines[-1]["num_tokens"])
+    figure, axes = new_figure()
+    scale, unit = token_unit(lines[-1]["num_tokens"])
     ratios = [sorted(line["expert_load_max_over_mean"].values()) for line in lines]
     loads, medians = [layers[-1] for layers in ratios], [statistics.median(layers) for layers in ratios]
     tokens = [line["num_tokens"] / scale for line in lines]
@@ -283,23 +286,35 @@ def expert_load_plot(history: Sequence[Mapping[str, Any]]) -> str | None:
         tokens, _running_mean(medians), color=_depth_colour(0), linewidth=1.2, linestyle="--", label="median layer"
     )
     axes.legend(frameon=False, loc="upper right", fontsize=11)
-    axes.axhline(1.0, color=_MUTED, linewidth=1, linestyle=(0, (2, 2)))
+    axes.axhline(1.0, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
     axes.annotate("1 = perfectly even", (0.02, 1.0), (0, -4), xycoords=("axes fraction", "data"),
-                  textcoords="offset points", va="top", color=_MUTED, fontsize=11)  # fmt: skip
+                  textcoords="offset points", va="top", color=MUTED, fontsize=11)  # fmt: skip
     axes.set_xlim(left=0, right=tokens[-1] * 1.03)
     axes.set_ylim(bottom=min(0.75, min(medians) * 0.9))
     axes.set_xlabel(f"trained tokens ({unit})")
     axes.set_ylabel("busiest expert / mean load")
-    return _svg(figure, "experts", f"Busiest expert: at first {loads[0]:.2f}, at last {loads[-1]:.2f} times the mean")
+    return to_svg(figure, "experts", f"Busiest expert: at first {loads[0]:.2f}, at last {loads[-1]:.2f} times the mean")
 
 
-def _figure(height: float = HEIGHT) -> tuple[Figure, Axes]:
-    figure = Figure((WIDTH / 72, height / 72), dpi=72, layout="constrained")
+def blank_figure(height: float = HEIGHT) -> Figure:
+    """A figure of the page's width, `height` px, without axes."""
+    return Figure((WIDTH / 72, height / 72), dpi=72, layout="constrained")
+
+
+def new_figure(height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """A figure of the page's width, `height` px, and its only axes."""
+    figure = blank_figure(height)
     return figure, figure.subplots()
 
 
-def _svg(figure: Figure, name: str, alternative: str) -> str:
-    """The figure as one `<svg>` element for an HTML page: no prolog, metadata, style or fixed colour, unique ids."""
+def to_svg(figure: Figure, name: str, alternative: str) -> str:
+    """The figure as one `<svg>` element for an HTML page: no prolog, metadata, style or fixed colour, unique ids.
+
+    Args:
+        figure: drawn in `INK`, `MUTED`, `FRAME` and the stand-ins of depths and arms alone.
+        name: of the plot, one per page; its ids begin with it.
+        alternative: what a reader who does not see the plot is told.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue().decode("utf-8")
@@ -324,7 +339,8 @@ def _depth_colour(depth: int) -> str:
     return f"#05{depth:02x}00"
 
 
-def _arm_colour(index: int) -> str:
+def arm_colour(index: int) -> str:
+    """Stand-in for the page's colour of arm `index`; they come around after `NUM_ARM_COLOURS`."""
     return f"#06{index % NUM_ARM_COLOURS:02x}00"
 
 
@@ -332,7 +348,8 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _token_unit(num_tokens: int) -> tuple[float, str]:
+def token_unit(num_tokens: int) -> tuple[float, str]:
+    """By what to divide token counts up to `num_tokens`, and what that is called."""
     return (1e6, "millions") if num_tokens >= 1_000_000 else (1e3, "thousands")
 
 

@@ -10,10 +10,7 @@ Speedup(median=1.5, lowest=1.4, highest=1.6)
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
-import types
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -222,7 +219,6 @@ def to_table(report: RunReport) -> dict[str, Any]:
 
 def from_table(table: Mapping[str, Any]) -> RunReport:
     """Read what `to_table` wrote. Raises ConfigError naming the key that is unknown, missing or of the wrong type."""
-    _check_complete(RunReport, table, "report")
     return tables.from_table(RunReport, table, "report")
 
 
@@ -256,19 +252,3 @@ def pieces_of(tokens: Iterable[bytes], depths: Iterable[int]) -> tuple[Piece, ..
 def _check_length(name: str, values: Sequence[object], wanted: int) -> None:
     if len(values) != wanted:
         raise ValueError(f"{name} has {len(values)} entries, expected {wanted}")
-
-
-def _check_complete(kind: Any, value: Any, name: str) -> None:
-    """Raise ConfigError for a key that a dataclass below `kind` needs and `value` lacks; no field has a default."""
-    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        hints = typing.get_type_hints(kind)
-        if missing := sorted(hints.keys() - value.keys()):
-            raise ConfigError(f"{name} lacks {', '.join(missing)}: written by another version of nextn, or cut short")
-        for key, hint in hints.items():
-            _check_complete(hint, value[key], f"{name}.{key}")
-    elif typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            _check_complete(typing.get_args(kind)[0], item, f"{name}[{index}]")
-    elif isinstance(kind, types.UnionType):
-        for part in typing.get_args(kind):
-            _check_complete(part, value, name)

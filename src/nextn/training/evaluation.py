@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from nextn.alignment import align, count_labels, of_same_token
 from nextn.data import Batch
 from nextn.errors import DataError
+from nextn.model.context import document_mask
 from nextn.mtp import MTPModel
 from nextn.objective import HeadInput, chunked_predictions
 
@@ -118,30 +120,22 @@ def evaluate_teacher_forced(
         DataError: some depth has no label at all in these rows.
     """
     num_depths = model.num_depths
-    input_ids = batch.input_ids.to(model.trunk.device)
-    document_ids = batch.document_ids.to(input_ids.device) if isolate_documents else None
+    input_ids, document_ids = _on_device(model, batch, isolate_documents)
     num_labels = count_labels(input_ids, num_depths, document_ids=document_ids)
     if not bool((num_labels > 0).all()):
         raise DataError(
             f"the held-out rows have {num_labels.tolist()} labels at depths 0..{num_depths}: documents are too short "
             "for the deepest; lower mtp.num_depths or give longer documents"
         )
-    step = rows_per_forward or input_ids.shape[0]
     nats = torch.zeros(num_depths + 1, dtype=torch.float64, device=input_ids.device)
     num_correct = torch.zeros(num_depths + 1, dtype=torch.int64, device=input_ids.device)
     num_agreeing = torch.zeros_like(num_correct)
-    was_training = model.training
-    model.eval()
-    try:
-        for first in range(0, input_ids.shape[0], step):
-            ids = input_ids[first : first + step]
-            documents = None if document_ids is None else document_ids[first : first + step]
+    with _evaluating(model):
+        for ids, documents in _parts(input_ids, document_ids, rows_per_forward):
             counts = count_predictions(model.head_inputs(ids, documents), ids, documents)
             nats += torch.stack([count.nats for count in counts])
             num_correct += torch.stack([count.num_correct for count in counts])
             num_agreeing += torch.stack([count.num_agreeing for count in counts])
-    finally:
-        model.train(was_training)
     losses = tuple((nats / num_labels).tolist())
     return TeacherForcedEvaluation(
         loss_per_depth=losses,
@@ -150,3 +144,88 @@ def evaluate_teacher_forced(
         main_agreement=tuple((num_agreeing / num_labels)[1:].tolist()),
         num_labels=tuple(num_labels.tolist()),
     )
+
+
+class LossByPosition(NamedTuple):
+    """Next-token loss by how much context a label has.
+
+    Attributes:
+        losses: mean over the labels of each bucket, nats; 0 for a bucket without labels.
+        num_labels: labels of each bucket.
+    """
+
+    losses: tuple[float, ...]
+    num_labels: tuple[int, ...]
+
+
+@torch.no_grad()
+def loss_by_position(
+    model: MTPModel,
+    batch: Batch,
+    num_buckets: int = 8,
+    *,
+    rows_per_forward: int | None = None,
+    isolate_documents: bool = True,
+) -> LossByPosition:
+    """The loss of depth 0, apart for labels with little and with much context. The model keeps its mode.
+
+    Context are the tokens before the label that the model sees: those of its document in the row, which may have begun
+    in an earlier one; all of the row's where documents are not isolated. Bucket b holds labels with at least
+    b / num_buckets of a row of T tokens as context, and less than (b + 1) / num_buckets.
+
+    Args:
+        model: on any device; the caller decides about autocast.
+        batch: held-out rows, [B, T].
+        num_buckets: equal parts of T.
+        rows_per_forward: rows computed at once; None: all.
+        isolate_documents: documents of a row do not see each other, as in training.
+
+    Worked example, T = 6, tokens [A B C D E F], documents [A B C D] and [E F], 3 buckets: the labels B C D F have
+    1 2 3 1 tokens before them and are in buckets 0 1 1 0.
+    """
+    input_ids, document_ids = _on_device(model, batch, isolate_documents)
+    nats = torch.zeros(num_buckets, dtype=torch.float64, device=input_ids.device)
+    num_labels = torch.zeros(num_buckets, dtype=torch.int64, device=input_ids.device)
+    with _evaluating(model):
+        for ids, documents in _parts(input_ids, document_ids, rows_per_forward):
+            aligned = align(ids, 0, document_ids=documents)
+            label_nats, _ = chunked_predictions(model.head_inputs(ids, documents, ())[0], aligned.labels, CHUNK_SIZE)
+            context_lengths = aligned.at_labels(_context_lengths(ids, documents))[aligned.valid]
+            buckets = context_lengths * num_buckets // ids.shape[1]
+            nats.index_add_(0, buckets, label_nats[aligned.valid].double())
+            num_labels += torch.bincount(buckets, minlength=num_buckets)
+    losses = nats / num_labels.clamp(min=1)
+    return LossByPosition(tuple(losses.tolist()), tuple(num_labels.tolist()))
+
+
+def _context_lengths(input_ids: Tensor, document_ids: Tensor | None) -> Tensor:
+    """For each token, how many before it in its row are of its own document (None: all are), int64 [B, T]."""
+    if document_ids is None:
+        return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return document_mask(document_ids).sum(-1).squeeze(1) - 1  # a token sees itself too
+
+
+def _on_device(model: MTPModel, batch: Batch, isolate_documents: bool) -> tuple[Tensor, Tensor | None]:
+    """Tokens and, if they are to be isolated, documents, where the model is."""
+    device = model.trunk.device
+    return batch.input_ids.to(device), batch.document_ids.to(device) if isolate_documents else None
+
+
+def _parts(
+    input_ids: Tensor, document_ids: Tensor | None, num_rows: int | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Tokens and documents of `num_rows` rows at a time; None: of all."""
+    for first in range(0, len(input_ids), num_rows or len(input_ids)):
+        rows = slice(first, first + (num_rows or len(input_ids)))
+        yield input_ids[rows], None if document_ids is None else document_ids[rows]
+
+
+@contextmanager
+def _evaluating(model: MTPModel) -> Iterator[None]:
+    """The model in evaluation mode, afterwards in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,10 +1,11 @@
-"""How long an optimizer step takes, measured before a run: to plan its length, and to see what MTP costs."""
+"""How long an optimizer step takes, measured beside a run: to plan its length, and to see what a setting costs."""
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,45 +14,58 @@ from nextn.training.prepare import PreparedData, new_model
 from nextn.training.trainer import Trainer
 
 STEPS_PER_TURN = 3
-"""Steps that one variant takes before the other's turn; the first is not timed, since the other has just filled the
+"""Steps that one recipe takes before the next one's turn; the first is not timed, since the others have just filled the
 caches, that of the CPU's matrix library above all."""
 
 
 def time_steps(
-    recipe: Recipe, data: PreparedData, num_depths: Sequence[int], num_turns: int = 4
-) -> dict[int, list[float]]:
-    """Train throwaway models side by side for a few steps, which differ in their number of depths only.
+    recipes: Mapping[str, Recipe], data: PreparedData | Mapping[str, PreparedData], num_turns: int = 4
+) -> dict[str, list[float]]:
+    """Train throwaway models side by side for a few steps, in turns, all of them in memory at once.
+
+    Schedules and curricula are at their beginning: see `with_depths_on` for another part of a run.
 
     Args:
-        recipe: everything else.
-        data: what to train on.
-        num_depths: the values of K to compare; their steps take turns.
+        recipes: by name, their vocabulary resolved (`fit_vocabulary`).
+        data: what to train on; for all, or by the recipes' names.
         num_turns: turns of each, after one to warm up.
 
     Returns:
-        Seconds of each timed step, by K.
+        By name, the median seconds of a step in each turn; entry i of all lists is of the same turn.
     """
-    num_steps = max(recipe.training.num_steps, STEPS_PER_TURN * (num_turns + 1))
-    recipe = replace(
-        recipe,
-        training=replace(recipe.training, num_steps=num_steps),
-        # At full weight, since a schedule may have depths off in a run's first steps.
-        objective=replace(recipe.objective, mtp_lambda=ScheduleConfig(), curriculum=CurriculumConfig()),
-    )
-    seconds: dict[int, list[float]] = {depths: [] for depths in num_depths}
+    seconds: dict[str, list[float]] = {name: [] for name in recipes}
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {depths: _trainer(recipe, data, depths, Path(folder)) for depths in seconds}
+        trainers = {
+            name: _trainer(recipe, data if isinstance(data, PreparedData) else data[name], num_turns, Path(folder))
+            for name, recipe in recipes.items()
+        }
         for turn in range(num_turns + 1):
-            for depths, trainer in trainers.items():
-                for index in range(STEPS_PER_TURN):
-                    started = time.perf_counter()
-                    trainer.step()
-                    if turn and index:
-                        seconds[depths].append(time.perf_counter() - started)
+            for name, trainer in trainers.items():
+                of_turn = [_timed_step(trainer) for _ in range(STEPS_PER_TURN)]
+                if turn:
+                    seconds[name].append(statistics.median(of_turn[1:]))
     return seconds
 
 
-def _trainer(recipe: Recipe, data: PreparedData, num_depths: int, folder: Path) -> Trainer:
-    variant = replace(recipe, mtp=replace(recipe.mtp, num_depths=num_depths))
-    model = new_model(variant, data.tokenizer).train()
-    return Trainer(variant, model, data.train, data.validation, folder, evaluate=None, provenance={})
+def with_depths_on(recipe: Recipe, depths: Sequence[int]) -> Recipe:
+    """The recipe with exactly these depths trained from the first step to the last, lambda at its usual 0.3.
+
+    >>> with_depths_on(Recipe(), (1,)).objective.curriculum.stages
+    ((1,),)
+    """
+    curriculum = CurriculumConfig("stages", stages=(tuple(depths),))
+    return replace(recipe, objective=replace(recipe.objective, mtp_lambda=ScheduleConfig(), curriculum=curriculum))
+
+
+def _trainer(recipe: Recipe, data: PreparedData, num_turns: int, folder: Path) -> Trainer:
+    """A trainer whose run is long enough for all turns."""
+    num_steps = max(recipe.training.num_steps, STEPS_PER_TURN * (num_turns + 1))
+    recipe = replace(recipe, training=replace(recipe.training, num_steps=num_steps))
+    model = new_model(recipe, data.tokenizer).train()
+    return Trainer(recipe, model, data.train, data.validation, folder, evaluate=None, provenance={})
+
+
+def _timed_step(trainer: Trainer) -> float:
+    started = time.perf_counter()
+    trainer.step()
+    return time.perf_counter() - started

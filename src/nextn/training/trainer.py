@@ -253,7 +253,9 @@ class Trainer:
         self._check_finite(loss, loss_per_depth, grad_norm, objective.depth_weights)
         learning_rate = optimizer.step(clock.step, grad_norm)
         self._expert_loads = loads
-        update_routing_biases(self.model, loads, recipe.training.bias_update_speed)
+        with_mtp = recipe.training.balance_mtp_blocks
+        balanced = {name: load for name, load in loads.items() if with_mtp or not name.startswith("scheme.")}
+        update_routing_biases(self.model, balanced, recipe.training.bias_update_speed)
         clock.step += 1
         clock.num_tokens += input_ids.numel()
         return StepReport(

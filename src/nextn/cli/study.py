@@ -1,0 +1,71 @@
+"""`nextn study`: a grid of settings times seeds, compared honestly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from nextn.cli.output import interruptible, messages, status
+from nextn.cli.study_output import StudyProgress, print_plan, print_result
+from nextn.report.study.page import write_page
+from nextn.report.study.run import plan_study, run_study
+from nextn.report.study.settings import load_study
+from nextn.report.study.tables import write_csv, write_json
+
+
+def study(
+    recipe: Annotated[Path, typer.Argument(help="The study, a TOML file such as recipes/studies/num_tokens.toml.")],
+    scale: Annotated[
+        str, typer.Option(help="Size of the base recipe: cpu, gpu or small in the studies that are shipped.")
+    ] = "cpu",
+    out: Annotated[
+        Path, typer.Option(help="Folder of all studies: they share trained runs, and each has a folder of its own.")
+    ] = Path("runs/studies"),
+    devices: Annotated[
+        str, typer.Option(help="Where to train, comma-separated: cuda:0,cuda:1, or cpu,cpu for two runs at a time.")
+    ] = "auto",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change the base recipe; may be repeated."),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show the plan and the time it takes; train nothing.")] = False,
+) -> None:
+    """Compare ways to train, over several seeds, at equal tokens, FLOPs and time.
+
+    Prints the plan with an estimate of its time, trains and measures what is missing, and writes study.html, study.json
+    and study.csv into OUT/NAME-SCALE. Every run has a folder in OUT/trained whose name is the hash of its settings and
+    text, so a killed study goes on where it was, and studies share their runs.
+
+    Examples:
+
+        nextn study recipes/studies/num_tokens.toml
+
+        nextn study recipes/studies/num_tokens.toml --devices cpu,cpu
+
+        nextn study recipes/studies/claims.toml --scale gpu --devices cuda:0
+
+        nextn study recipes/studies/lambda.toml --plan
+    """
+    console = messages()
+    loaded = load_study(recipe, scale, set_ or ())
+    with status(console) as say:
+        planned = plan_study(loaded, out, say)
+    used = [device.strip() for device in devices.split(",")]
+    print_plan(Console(), planned, used)
+    if plan:
+        return
+    with (
+        interruptible(console, "finished runs are kept, and the same command goes on"),
+        StudyProgress(console, planned, used) as progress,
+    ):
+        result = run_study(planned, used, progress)
+    folder = out / f"{loaded.name}-{scale}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(result, folder / "study.json")
+    write_csv(result, folder / "study.csv")
+    write_page(result, folder / "study.html")
+    print_result(Console(), result)
+    console.print(f"page: {folder / 'study.html'}")

@@ -1,0 +1,116 @@
+"""What `nextn study` prints: the plan, its progress with the time left, and the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from nextn.cli.output import figures_table
+from nextn.mtp.cost import model_cost, training_flops, weightless_model
+from nextn.report.html import count, duration
+from nextn.report.study.jobs import Job
+from nextn.report.study.results import StudyResult
+from nextn.report.study.run import StudyPlan
+from nextn.report.study.speeds import phases_of
+from nextn.report.study.tables import console_table, print_claims
+
+PLAIN_LINE_EVERY_S = 30.0
+"""Where there is no terminal, at most one line in this many seconds, and one for every finished run."""
+
+MEASURING_S = 40.0
+"""Guess of the seconds that measuring a run takes, until the first has been measured."""
+
+
+def print_plan(console: Console, plan: StudyPlan, devices: Sequence[str]) -> None:
+    """Settings with their size, cost and number of runs, and how long all of it will take."""
+    loaded = plan.loaded
+    table = figures_table(
+        f"{loaded.study.title}: {len(loaded.settings)} settings, {len(loaded.study.seeds)} seeds, size {loaded.scale}",
+        ("setting", "parameters", "tokens", "FLOPs", "step", "runs", "to do"),
+    )
+    for given in loaded.settings:
+        recipe = plan.recipes[given.name]
+        training, length = recipe.training, recipe.data.sequence_length
+        cost = model_cost(weightless_model(recipe.model, recipe.mtp), length)
+        flops = training_flops(
+            recipe.model, recipe.mtp, recipe.objective, length, training.batch_size, training.num_steps
+        )
+        mean_step_s = sum(n * plan.speeds.step_s(given.name, depths) for depths, n in phases_of(recipe))
+        jobs = [job for job in plan.jobs if job.run.setting == given.name]
+        table.add_row(
+            given.name,
+            count(cost.num_parameters),
+            count(training.num_steps * training.batch_size * length),
+            f"{flops[-1]:.2e}",
+            f"{mean_step_s / training.num_steps * 1000:.0f} ms",
+            str(len(jobs)),
+            str(sum(not job.is_done() for job in jobs)),
+        )
+    console.print(table)
+    missing = plan.missing
+    if not missing:
+        console.print("everything is trained and measured")
+        return
+    seconds = sum(map(_predicted_s, missing)) / len(devices)
+    where = f" on {', '.join(devices)}" if devices != ["auto"] else ""
+    console.print(f"{len(missing)} runs to do{where}: about {duration(seconds)} on a quiet machine", highlight=False)
+
+
+def print_result(console: Console, result: StudyResult) -> None:
+    """The comparison, and the claims with their verdicts."""
+    console.print(console_table(result))
+    if result.claims:
+        print_claims(result, console)
+
+
+def _predicted_s(job: Job) -> float:
+    return job.predicted_s * (1 - job.share_done()) + MEASURING_S
+
+
+class StudyProgress:
+    """Runs done, what runs now, and the time left; a context manager. The first runs done correct the estimate."""
+
+    def __init__(self, console: Console, plan: StudyPlan, devices: Sequence[str]) -> None:
+        self.console, self._num_devices = console, len(devices)
+        self._jobs, self._todo = plan.jobs, list(plan.missing)
+        self._started = self._last_line = time.perf_counter()
+        self._predicted_s = sum(map(_predicted_s, self._todo))
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(BarColumn(bar_width=30), TextColumn("{task.description}"), console=console)
+            self._task = self._bar.add_task("", total=max(self._predicted_s, 1e-9))
+
+    def update(self, running: Sequence[Job]) -> None:
+        """Show the jobs that run now, and the time left."""
+        left_s = sum(map(_predicted_s, self._todo))
+        done_s, elapsed_s = self._predicted_s - left_s, time.perf_counter() - self._started
+        pace = elapsed_s / done_s if done_s > 0.05 * self._predicted_s else 1 / self._num_devices
+        num_done = len(self._jobs) - len(self._todo)
+        now = "; ".join(f"{job.run.setting}, seed {job.run.seed}: {job.share_done():.0%}" for job in running)
+        text = f"{num_done}/{len(self._jobs)} runs, about {duration(left_s * pace)} left  {now}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done_s, description=text)
+        elif time.perf_counter() - self._last_line >= PLAIN_LINE_EVERY_S:
+            self._last_line = time.perf_counter()
+            self.console.print(text)
+
+    def finished(self, job: Job) -> None:
+        """Say that a run is done."""
+        self._todo.remove(job)
+        length = "" if job.run.ladder is None else f", {job.run.ladder:g} times as long"
+        self.console.print(f"done: {job.run.setting}{length}, seed {job.run.seed} ({job.folder})")
+
+    def __enter__(self) -> StudyProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

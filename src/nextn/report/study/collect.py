@@ -1,0 +1,224 @@
+"""From the files of a study's runs to its result."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nextn.checkpoint import read_json
+from nextn.config import Recipe
+from nextn.errors import CheckpointError
+from nextn.mtp.cost import active_depths, training_flops
+from nextn.objective import Progress
+from nextn.report.provenance import collect
+from nextn.report.study.claims import judge
+from nextn.report.study.compare import compare
+from nextn.report.study.jobs import Job
+from nextn.report.study.ladder import reach_targets
+from nextn.report.study.measuring import RunMeasures
+from nextn.report.study.results import Comparison, CurvePoint, RunResult, SettingFacts, StudyResult
+from nextn.report.study.settings import LoadedStudy, Setting
+from nextn.report.study.speeds import Speeds
+from nextn.report.study.worker import TRAINED
+from nextn.tables import flattened, to_table
+from nextn.training import read_metrics
+
+
+def collect_result(
+    loaded: LoadedStudy,
+    recipes: Mapping[str, Recipe],
+    jobs: Sequence[Job],
+    speeds: Speeds,
+    corpora: Mapping[str, Any],
+) -> StudyResult:
+    """Read what all jobs left, compare the settings and judge the claims.
+
+    Raises CheckpointError when a run's files are damaged.
+    """
+    study = loaded.study
+    runs = tuple(_run_result(job, recipes[job.run.setting], speeds) for job in jobs)
+    runs = tuple(_with_draft_model(run, loaded, runs) for run in runs)
+    comparisons = _comparisons(loaded, recipes, runs, speeds)
+    return StudyResult(
+        name=loaded.name,
+        title=study.title,
+        question=study.question,
+        scale=loaded.scale,
+        baseline=loaded.baseline.name,
+        seeds=study.seeds,
+        settings=tuple(
+            SettingFacts(given.name, dict(flattened(given.changes)), given.against, _mean_step_s(given.name, runs))
+            for given in loaded.settings
+        ),
+        runs=runs,
+        comparisons=comparisons,
+        targets=reach_targets(runs, study.target_losses),
+        claims=tuple(judge(claim, comparisons, loaded.baseline.name) for claim in study.claims),
+        notes=_notes(loaded, runs),
+        base_recipe=to_table(loaded.recipes[loaded.baseline.name]),
+        measure=to_table(study.measure),
+        provenance=collect(seed=study.seeds[0], corpus=corpora),
+    )
+
+
+def _run_result(job: Job, recipe: Recipe, speeds: Speeds) -> RunResult:
+    """One run from its files; `recipe` is its setting's, vocabulary size filled in."""
+    run = job.run
+    recipe = replace(recipe, training=run.recipe.training)
+    measured = _measures(job.request.measures)
+    curve = _curve(job.folder / "metrics.jsonl", recipe, run.setting, speeds)
+    if run.ladder is not None:
+        values = {"loss": measured.values["loss"]}
+    else:
+        end = curve[-1]
+        values = measured.values | {
+            "training_tok_per_s": end.num_tokens / end.training_s,
+            "training_flops": end.flops,
+            "peak_memory_bytes": float(_table(job.folder / TRAINED)["peak_memory_bytes"]),
+        }
+    return RunResult(
+        run.id, run.setting, run.seed, run.ladder, curve, values, measured.loss_by_position, measured.num_by_position
+    )
+
+
+def _measures(path: str | None) -> RunMeasures:
+    table = _table(path)
+    try:
+        return RunMeasures(table["values"], tuple(table["loss_by_position"]), tuple(table["num_by_position"]))
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks {error}; delete it, and the same command measures again") from None
+
+
+def _table(path: str | Path | None) -> dict[str, Any]:
+    table = read_json(Path(str(path)))
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{path} does not hold a table; delete it, and the same command measures again")
+    return table
+
+
+def _curve(metrics: Path, recipe: Recipe, setting: str, speeds: Speeds) -> tuple[CurvePoint, ...]:
+    """The evaluations of a run, with what its training had cost by then."""
+    training, objective, num_depths = recipe.training, recipe.objective, recipe.mtp.num_depths
+    length = (recipe.data.sequence_length, training.batch_size, training.num_steps)
+    flops = training_flops(recipe.model, recipe.mtp, objective, *length)
+    num_tokens = training.batch_size * recipe.data.sequence_length
+    moments = (Progress(step, step * num_tokens, training.num_steps) for step in range(training.num_steps))
+    step_s = (speeds.step_s(setting, active_depths(objective, num_depths, moment)) for moment in moments)
+    training_s = list(itertools.accumulate(step_s))
+    evaluations = [record for record in read_metrics(metrics) if record["kind"] == "evaluation"]
+    if not evaluations or evaluations[-1]["step"] != training.num_steps:
+        raise CheckpointError(f"{metrics} lacks evaluations of its run; delete {metrics.parent} to train it again")
+    return tuple(
+        CurvePoint(
+            step=record["step"],
+            num_tokens=record["num_tokens"],
+            flops=flops[record["step"] - 1],
+            training_s=training_s[record["step"] - 1],
+            loss=record["loss_per_depth"][0],
+        )
+        for record in evaluations
+    )
+
+
+def _with_draft_model(run: RunResult, loaded: LoadedStudy, runs: Sequence[RunResult]) -> RunResult:
+    """The run with what its draft model cost besides, if it has one."""
+    name = _setting(loaded, run.setting).draft_model
+    if not name or run.ladder is not None:
+        return run
+    draft = next(other for other in runs if (other.setting, other.seed, other.ladder) == (name, run.seed, None))
+    extra = draft.curve[-1]
+    curve = tuple(
+        replace(point, flops=point.flops + extra.flops, training_s=point.training_s + extra.training_s)
+        for point in run.curve
+    )
+    peaks = (run.values["peak_memory_bytes"], draft.values["peak_memory_bytes"])
+    values = run.values | {
+        "training_flops": curve[-1].flops,
+        "training_tok_per_s": curve[-1].num_tokens / curve[-1].training_s,
+        "peak_memory_bytes": max(peaks),
+    }
+    return replace(run, curve=curve, values=values)
+
+
+def _comparisons(
+    loaded: LoadedStudy, recipes: Mapping[str, Recipe], runs: Sequence[RunResult], speeds: Speeds
+) -> tuple[Comparison, ...]:
+    """Every setting against its own baseline: the study's, or the one it names."""
+    baselines = {given.name: given.against or loaded.baseline.name for given in loaded.settings}
+    comparisons: dict[str, list[Comparison]] = {given.name: [] for given in loaded.settings}
+    for baseline in dict.fromkeys([loaded.baseline.name, *baselines.values()]):
+        members = [name for name, against in baselines.items() if against == baseline and name != baseline]
+        overheads = _overheads(loaded, baseline, members, recipes, runs, speeds)
+        group = [run for run in runs if run.setting in (baseline, *members)]
+        is_compared = bool(comparisons[baseline])  # with the study's own baseline
+        for comparison in compare(group, baseline, loaded.study.seeds, overheads):
+            if comparison.setting != baseline or not is_compared:
+                comparisons[comparison.setting].append(comparison)
+    return tuple(itertools.chain.from_iterable(comparisons.values()))
+
+
+def _overheads(
+    loaded: LoadedStudy,
+    baseline: str,
+    members: Sequence[str],
+    recipes: Mapping[str, Recipe],
+    runs: Sequence[RunResult],
+    speeds: Speeds,
+) -> dict[str, dict[str, tuple[float, ...]]]:
+    """Samples of the overheads of some settings over one of them. A draft model's cost is its target's too.
+
+    FLOPs are exact, so their two samples are equal.
+    """
+    ends = {run.setting: run.curve[-1] for run in runs if run.ladder is None}
+    flops = {name: end.flops / end.step for name, end in ends.items()}
+
+    def relative_times(name: str) -> list[float]:
+        times = [1 + overhead for overhead in speeds.overheads(name, recipes[name])]
+        draft = _setting(loaded, name).draft_model
+        return [a + b for a, b in zip(times, relative_times(draft), strict=True)] if draft else times
+
+    own = relative_times(baseline)
+    return {
+        "time_overhead": {
+            name: tuple(a / b - 1 for a, b in zip(relative_times(name), own, strict=True)) for name in members
+        },
+        "flops_overhead": {name: (flops[name] / flops[baseline] - 1,) * 2 for name in members},
+    }
+
+
+def _setting(loaded: LoadedStudy, name: str) -> Setting:
+    return next(given for given in loaded.settings if given.name == name)
+
+
+def _mean_step_s(name: str, runs: Sequence[RunResult]) -> float:
+    return statistics.fmean(
+        run.curve[-1].training_s / run.curve[-1].step for run in runs if run.setting == name and run.ladder is None
+    )
+
+
+def _notes(loaded: LoadedStudy, runs: Sequence[RunResult]) -> tuple[str, ...]:
+    """What a reader must know to judge the figures."""
+    study = loaded.study
+    notes = [
+        f"{len(study.seeds)} seeds. A setting is compared with the baseline's run of the same seed, which begins with "
+        "the same weights of the trunk and reads the same text in the same order; intervals are 95%, by Student's t.",
+        "Times are those of training steps measured in turn with the baseline's on one machine, not the runs' own.",
+    ]
+    if len(study.seeds) < 3:
+        notes.append("Fewer than three seeds: intervals are very wide, and most differences cannot be resolved.")
+    if study.ladder:
+        multiples = ", ".join(f"{multiple:g}" for multiple in sorted({*study.ladder, 1.0}))
+        notes.append(
+            f"What the baseline would do with another budget is read between baselines trained from start to end at "
+            f"{multiples} times its length, each with its own learning-rate schedule."
+        )
+    if study.target_losses:
+        notes.append(
+            "Steps and time to given losses are read from each run's own curve, whose learning rate is that of the "
+            "whole run."
+        )
+    return tuple(notes)

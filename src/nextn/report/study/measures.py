@@ -1,0 +1,113 @@
+"""What a study measures, by name: of a run alone, and of a run beside the baseline's of the same seed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a figure is called, shown and judged.
+
+    Attributes:
+        title: heading of its column.
+        meaning: one sentence with the unit.
+        better: which way is an improvement; None: neither.
+        form: how it is shown: `number` (three digits after the point), `share` (percent), `count` (1.2M) or `ratio`
+            (1.05x).
+        per_depth: the name takes a suffix `_1`, `_2`, ... for the depth.
+        pair: it compares with the baseline of the same seed by itself, so no difference from the baseline is formed.
+    """
+
+    title: str
+    meaning: str
+    better: Literal["lower", "higher"] | None = None
+    form: Literal["number", "share", "count", "ratio"] = "number"
+    per_depth: bool = False
+    pair: bool = False
+
+
+MEASURES = {
+    "loss": Measure("loss", "next-token loss on held-out text, nats per token", "lower"),
+    "bits_per_byte": Measure("bits per byte", "the same, in bits per byte of text", "lower"),
+    "loss_near": Measure(
+        "loss near", "next-token loss where its document gives less than a quarter of a row as context", "lower"
+    ),
+    "loss_far": Measure("loss far", "next-token loss where it gives more than three quarters of a row", "lower"),
+    "loss_of_depth": Measure("loss of depth", "loss of MTP depth k with true tokens, nats", "lower", per_depth=True),
+    "al_greedy": Measure("AL greedy", "tokens per trunk forward, greedy, bonus included", "higher"),
+    "al_sampled": Measure("AL sampled", "tokens per trunk forward at temperature 1, bonus included", "higher"),
+    "acceptance_greedy": Measure(
+        "accepted, greedy", "share of drafts k that are accepted, given that those before were, greedy", "higher",
+        "share", per_depth=True,
+    ),
+    "acceptance_sampled": Measure(
+        "accepted, sampled", "the same at temperature 1", "higher", "share", per_depth=True
+    ),
+    "acceptance_greedy_unconditional": Measure(
+        "accepted in all, greedy", "share of cycles in which draft k is accepted, greedy", "higher", "share",
+        per_depth=True,
+    ),
+    "acceptance_sampled_unconditional": Measure(
+        "accepted in all, sampled", "the same at temperature 1", "higher", "share", per_depth=True
+    ),
+    "decode_tok_per_s_plain": Measure("plain tok/s", "plain greedy decoding, one row, eager", "higher", "count"),
+    "decode_tok_per_s": Measure("MTP tok/s", "greedy decoding with drafts, one row, eager", "higher", "count"),
+    "decode_speedup_greedy": Measure("speedup greedy", "greedy decoding against plain, interleaved", "higher", "ratio"),
+    "decode_speedup_sampled": Measure("speedup sampled", "the same at temperature 1", "higher", "ratio"),
+    "parse_share": Measure(
+        "parses", "share of sampled completions of Python functions that parse, of those that can be judged", "higher",
+        "share",
+    ),
+    "repeated_share": Measure("repeats", "share of the sampled text that repeats itself (16 tokens)", "lower", "share"),
+    "repeated_share_greedy": Measure("repeats, greedy", "the same of greedy text: loops flatter AL", "lower", "share"),
+    "training_tok_per_s": Measure("training tok/s", "tokens trained per second, steps interleaved", "higher", "count"),
+    "training_flops": Measure("training FLOPs", "floating-point operations of the whole training", "lower", "count"),
+    "peak_memory_bytes": Measure("peak memory", "largest memory of the training process, bytes", "lower", "count"),
+    "num_parameters": Measure("parameters", "of trunk and MTP modules", "lower", "count"),
+    "num_mtp_parameters": Measure("MTP parameters", "of the MTP modules alone", "lower", "count"),
+    "time_overhead": Measure(
+        "time overhead", "seconds of a training step beside the baseline's, less 1", "lower", "share", pair=True
+    ),
+    "flops_overhead": Measure(
+        "FLOPs overhead", "FLOPs of a training step beside the baseline's, less 1", "lower", "share", pair=True
+    ),
+    "steps_ratio": Measure(
+        "steps", "steps taken, relative to those the baseline needs to the same loss", "lower", "ratio", pair=True
+    ),
+    "flops_ratio": Measure(
+        "FLOPs", "FLOPs spent, relative to those the baseline needs to the same loss", "lower", "ratio", pair=True
+    ),
+    "effective_speedup": Measure(
+        "effective speedup", "time the baseline needs to the same loss, relative to the time taken", "higher", "ratio",
+        pair=True,
+    ),
+    "loss_at_equal_flops": Measure(
+        "loss, equal FLOPs", "loss less that of the baseline trained with as many FLOPs", "lower", pair=True
+    ),
+    "loss_at_equal_time": Measure(
+        "loss, equal time", "loss less that of the baseline trained for as long", "lower", pair=True
+    ),
+}  # fmt: skip
+"""By name. Beside them, `task/NAME/METRIC` is a score of lm-evaluation-harness (higher is better)."""
+
+_TASK = Measure("task", "score of lm-evaluation-harness", "higher")
+
+
+def measure_of(name: str) -> Measure | None:
+    """The measure that a full name stands for, depth's suffix and tasks included; None: there is none.
+
+    >>> measure_of("acceptance_greedy_2").title
+    'accepted, greedy'
+    >>> measure_of("acceptance_greedy"), measure_of("loss_2")
+    (None, None)
+    """
+    if name.startswith("task/") and name.count("/") == 2:
+        return _TASK
+    stem, _, depth = name.rpartition("_")
+    if re.fullmatch(r"[1-9]\d*", depth) and stem in MEASURES and MEASURES[stem].per_depth:
+        return MEASURES[stem]
+    found = MEASURES.get(name)
+    return None if found is None or found.per_depth else found

@@ -1,0 +1,146 @@
+"""Seconds of a training step of each setting, measured beside the baseline's in turn.
+
+A run's own clock tells what else the machine was doing. So the time that a comparison uses is the baseline's median
+step, times how many times longer the setting's step took in the same moments, times the number of steps.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nextn.checkpoint import read_json, write_json
+from nextn.config import Recipe
+from nextn.model.device import resolve_device
+from nextn.mtp.cost import phases
+from nextn.report.provenance import machine
+from nextn.report.study.plan import run_id
+from nextn.training import PreparedData, time_steps
+from nextn.training.timing import with_depths_on
+
+NUM_TURNS = 8
+
+Depths = tuple[int, ...]
+"""1-based depths that are trained at a step."""
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Of one setting with the same depths trained, and of the baseline in the same turns; seconds per step."""
+
+    setting_s: tuple[float, ...]
+    baseline_s: tuple[float, ...]
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """How many times the baseline's step, turn by turn."""
+        return tuple(a / b for a, b in zip(self.setting_s, self.baseline_s, strict=True))
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Step times of all settings of a study on one machine.
+
+    Attributes:
+        times: by setting's name and trained depths; what trains just as the baseline does is not among them.
+        baseline_s: median seconds of the baseline's step over all turns.
+    """
+
+    times: dict[tuple[str, Depths], StepTimes]
+    baseline_s: float
+
+    def step_s(self, setting: str, depths: Depths) -> float:
+        """Seconds of a step: the baseline's, times the median ratio."""
+        times = self.times.get((setting, depths))
+        return self.baseline_s if times is None else self.baseline_s * statistics.median(times.ratios)
+
+    def overheads(self, setting: str, recipe: Recipe) -> tuple[float, ...]:
+        """Extra time relative to the baseline, one figure per turn, averaged over the phases of a run."""
+        sums = [0.0] * NUM_TURNS
+        for depths, num_steps in phases_of(recipe):
+            times = self.times.get((setting, depths))
+            ratios = (1.0,) * NUM_TURNS if times is None else times.ratios
+            sums = [total + ratio * num_steps for total, ratio in zip(sums, ratios, strict=True)]
+        return tuple(total / recipe.training.num_steps - 1 for total in sums)
+
+
+@dataclass
+class SpeedFile:
+    """Step times that were measured on this machine, kept from study to study.
+
+    Attributes:
+        path: speeds.json.
+        pairs: by run ids of baseline and setting.
+    """
+
+    path: Path
+    pairs: dict[str, StepTimes] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path, device: torch.device) -> SpeedFile:
+        """What the file holds, unless it is of another machine."""
+        table: dict[str, Any] = read_json(path) if path.exists() else {}
+        if table.get("machine") != machine(device):
+            return cls(path)
+        pairs = {key: StepTimes(*(tuple(times) for times in pair)) for key, pair in table["pairs"].items()}
+        return cls(path, pairs)
+
+    def write(self, device: torch.device) -> None:
+        """All pairs, and what they were measured on."""
+        pairs = {key: [pair.setting_s, pair.baseline_s] for key, pair in self.pairs.items()}
+        write_json(self.path, {"machine": machine(device), "pairs": pairs})
+
+
+def measure_speeds(
+    baseline: str,
+    recipes: Mapping[str, Recipe],
+    data_of: Callable[[Recipe], PreparedData],
+    path: Path,
+    say: Callable[[str], None],
+) -> Speeds:
+    """Step times of all settings; what `path` knows is not measured again.
+
+    Args:
+        baseline: name of the setting that others are timed beside.
+        recipes: by setting.
+        data_of: a recipe's text.
+        path: where measured times are kept.
+        say: told what is being timed.
+    """
+    device = resolve_device(recipes[baseline].training.device)
+    file = SpeedFile.read(path, device)
+    baseline_id = run_id(recipes[baseline], "")
+    times: dict[tuple[str, Depths], StepTimes] = {}
+    for name, recipe in recipes.items():
+        for depths, _ in phases_of(recipe):
+            variant = with_depths_on(recipe, depths) if recipe.mtp.num_depths else recipe
+            variant_id = run_id(variant, "")
+            if variant_id == baseline_id and len(recipes) > 1:
+                continue
+            key = f"{baseline_id}/{variant_id}"
+            if key not in file.pairs:
+                what = f", depths {', '.join(map(str, depths)) or 'none'}" if recipe.mtp.num_depths else ""
+                say(f"timing training steps: {name}{what}, beside {baseline}")
+                file.pairs[key] = _timed_pair(recipes[baseline], variant, data_of)
+                file.write(device)
+            times[name, depths] = file.pairs[key]
+    baseline_s = [seconds for pair in times.values() for seconds in pair.baseline_s]
+    return Speeds(times, statistics.median(baseline_s))
+
+
+def _timed_pair(baseline: Recipe, variant: Recipe, data_of: Callable[[Recipe], PreparedData]) -> StepTimes:
+    recipes = {"baseline": baseline, "setting": variant}
+    seconds = time_steps(recipes, {name: data_of(recipe) for name, recipe in recipes.items()}, NUM_TURNS)
+    return StepTimes(tuple(seconds["setting"]), tuple(seconds["baseline"]))
+
+
+def phases_of(recipe: Recipe) -> list[tuple[Depths, int]]:
+    """The depths that are trained in a run, and for how many steps each."""
+    training = recipe.training
+    length = (recipe.data.sequence_length, training.batch_size, training.num_steps)
+    return phases(recipe.objective, recipe.mtp.num_depths, *length)

@@ -1,0 +1,133 @@
+"""One run of a study in a process of its own: train it, or go on training it, then measure it.
+
+`python -m nextn.report.study.worker REQUEST.json` does what a `Request` says, and ends as soon as the process that
+started it is gone: standard input is a pipe whose other end that process holds. So a killed study leaves nothing behind
+that would write into its folders, and each run's peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from nextn.checkpoint import list_checkpoints, read_json, write_json
+from nextn.config import Recipe
+from nextn.errors import NextnError
+from nextn.model.device import resolve_device
+from nextn.mtp import load_model
+from nextn.report.provenance import collect
+from nextn.report.study.measuring import measure_run
+from nextn.report.study.settings import MeasureConfig
+from nextn.tables import from_table, to_table
+from nextn.training import PreparedData, Trainer, fit_vocabulary, new_model, prepare_data
+
+TRAINED = "trained.json"
+"""In a run's folder once its training is done: what only the process that trained it could know."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a worker is to do.
+
+    Attributes:
+        recipe: of the run.
+        folder: of the run; a half-trained run in it is gone on with.
+        measures: file that the measures go to; None: only train.
+        measure: what to measure.
+        draft_model: folder of a trained run that drafts; None: MTP depths draft.
+        num_threads: of torch on the CPU; None: torch's own choice.
+    """
+
+    recipe: Recipe
+    folder: str
+    measures: str | None
+    measure: MeasureConfig
+    draft_model: str | None = None
+    num_threads: int | None = None
+
+
+def is_trained(folder: Path) -> bool:
+    """True iff the run in a folder is complete."""
+    return (folder / TRAINED).exists() and bool(list_checkpoints(folder))
+
+
+def work(request: Request) -> None:
+    """Train what is not trained yet, then measure what is not measured yet."""
+    if request.num_threads is not None:
+        torch.set_num_threads(request.num_threads)
+    data = prepare_data(request.recipe.data)
+    recipe = fit_vocabulary(request.recipe, data.tokenizer)
+    folder = Path(request.folder)
+    if not is_trained(folder):
+        _train(recipe, data, folder)
+    if request.measures is not None and not Path(request.measures).exists():
+        device = resolve_device(recipe.training.device)
+        model = load_model(list_checkpoints(folder)[-1], device=str(device))
+        draft_model = None
+        if request.draft_model is not None:
+            draft_model = load_model(list_checkpoints(Path(request.draft_model))[-1], device=str(device))
+        measured = measure_run(model, data, recipe, request.measure, draft_model=draft_model)
+        write_json(Path(request.measures), to_table(measured))
+
+
+def _train(recipe: Recipe, data: PreparedData, folder: Path) -> None:
+    device = resolve_device(recipe.training.device)
+    trainer = Trainer(
+        recipe,
+        new_model(recipe, data.tokenizer),
+        data.train,
+        data.validation,
+        folder,
+        evaluate=None,
+        provenance=collect(seed=recipe.training.seed, device=device, corpus=data.provenance()),
+        console=Console(stderr=True, soft_wrap=True, highlight=False, markup=False),
+    )
+    trainer.train(resume=(folder / "recipe.json").exists())
+    write_json(folder / TRAINED, {"peak_memory_bytes": _peak_memory_bytes(device)})
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Of this process so far: of the GPU it trained on, or of main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _end_with_parent() -> None:
+    """End this process when standard input closes, which is when the process that started it is gone."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def read_request(path: Path) -> Request:
+    """A request as `write_request` wrote it."""
+    table: dict[str, Any] = read_json(path)
+    return Request(
+        recipe=from_table(Recipe, table.pop("recipe")), measure=from_table(MeasureConfig, table.pop("measure")), **table
+    )
+
+
+def write_request(request: Request, path: Path) -> None:
+    """As JSON."""
+    write_json(path, to_table(request))
+
+
+if __name__ == "__main__":
+    _end_with_parent()
+    try:
+        work(read_request(Path(sys.argv[1])))
+    except NextnError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,141 @@
+"""A study's file becomes settings and runs; mistakes in it are named with the way out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nextn.config import MTPConfig, ObjectiveConfig, Recipe, ScheduleConfig, TrainingConfig
+from nextn.errors import ConfigError
+from nextn.report.study.plan import plan_runs, run_id
+from nextn.report.study.settings import LoadedStudy, load_study
+
+STUDIES = sorted(path for path in (Path(__file__).parents[2] / "recipes" / "studies").glob("*.toml"))
+SHIPPED = [path for path in STUDIES if not path.name.startswith("base-")]
+
+PLAIN = """
+base = "base-{scale}.toml"
+[[settings]]
+name = "plain"
+set.mtp.num_depths = 0
+[[settings]]
+name = "mtp"
+"""
+
+
+def load(tmp_path: Path, text: str, base: str = "[training]\nnum_steps = 100\n", **arguments: object) -> LoadedStudy:
+    (tmp_path / "base-cpu.toml").write_text(base)
+    (tmp_path / "a.toml").write_text(text)
+    return load_study(tmp_path / "a.toml", **arguments)  # type: ignore[arg-type]
+
+
+def runs_of(loaded: LoadedStudy, text: str = "text") -> list[tuple[str, int, float | None]]:
+    runs = plan_runs(loaded, dict.fromkeys((given.name for given in loaded.settings), text))
+    return [(run.setting, run.seed, run.ladder) for run in runs]
+
+
+def test_every_shipped_study_loads_in_every_size_and_its_claims_name_settings_and_measures():
+    assert len(SHIPPED) >= 14
+    for path in SHIPPED:
+        for scale in ("cpu", "gpu", "small"):
+            loaded = load_study(path, scale)
+            assert len(loaded.settings) >= 2
+            assert len(loaded.study.seeds) >= 3
+
+
+def test_settings_change_the_base_recipe_and_the_baseline_comes_first(tmp_path):
+    loaded = load(tmp_path, 'baseline = "mtp"' + PLAIN)
+    assert [given.name for given in loaded.settings] == ["mtp", "plain"]
+    assert loaded.recipes["plain"].mtp.num_depths == 0
+    assert loaded.recipes["mtp"] == Recipe(training=TrainingConfig(num_steps=100))
+
+
+def test_a_grid_is_every_combination(tmp_path):
+    grid = 'base = "base-cpu.toml"\n[grid]\nmtp.num_depths = [0, 1]\nobjective.depth_decay = [0.5, 1.0]\n'
+    loaded = load(tmp_path, grid)
+    assert [(r.mtp.num_depths, r.objective.depth_decay) for r in loaded.recipes.values()] == [
+        (0, 0.5), (0, 1.0), (1, 0.5), (1, 1.0),
+    ]  # fmt: skip
+
+
+def test_runs_come_seed_by_seed_with_the_ladder_of_the_baseline(tmp_path):
+    loaded = load(tmp_path, "seeds = [4, 2]\nladder = [0.5, 2.0]" + PLAIN)
+    one = [("plain", None), ("mtp", None), ("plain", 0.5), ("plain", 2.0)]
+    assert runs_of(loaded) == [(name, seed, ladder) for seed in (4, 2) for name, ladder in one]
+    runs = plan_runs(loaded, {"plain": "x", "mtp": "x"})
+    assert [run.recipe.training.num_steps for run in runs[:4]] == [100, 100, 50, 200]
+
+
+def test_overrides_and_sizes_change_the_study(tmp_path):
+    loaded = load(tmp_path, PLAIN + "[scales.cpu]\nmeasure.num_rows = 7\n", overrides=["training.num_steps=50"])
+    assert loaded.study.measure.num_rows == 7
+    assert loaded.recipes["mtp"].training.num_steps == 50
+
+
+MISTAKES = {
+    "no settings": ('base = "base-cpu.toml"', "has no settings to compare"),
+    "two of one name": (PLAIN + '[[settings]]\nname = "mtp"\n', "two settings are called 'mtp'"),
+    "baseline": ('baseline = "plane"' + PLAIN, "did you mean 'plain'"),
+    "unknown key": (PLAIN + "mtp.num_depths = 3\n", "set.mtp = ..."),
+    "unknown setting": (PLAIN + "set.mtp.num_depth = 3\n", "setting 'mtp': unknown setting 'mtp.num_depth'"),
+    "unknown size": (PLAIN, "it has: cpu"),
+    "seeds": ("seeds = [1, 1]" + PLAIN, "seeds must be different numbers"),
+    "grid": (PLAIN + "[grid]\nmtp.num_depths = 3\n", "must be a list of values"),
+    "measure": (
+        PLAIN + '[[claims]]\ntext = ""\ntests = [{ measure = "los", setting = "mtp", high = 1.0 }]\n',
+        "did you mean 'loss'",
+    ),
+    "claimed setting": (
+        PLAIN + '[[claims]]\ntext = ""\ntests = [{ measure = "loss", setting = "mpt", high = 1.0 }]\n',
+        "did you mean 'mtp'",
+    ),
+    "claim of nothing": (
+        PLAIN + '[[claims]]\ntext = ""\ntests = [{ measure = "loss", setting = "mtp" }]\n',
+        "needs low, high or both",
+    ),
+    "claim of both": (
+        PLAIN + '[[claims]]\ntext = ""\ntests = [{ measure = "loss", setting = "mtp", best = "mtp" }]\n',
+        "either a setting",
+    ),
+    "claim without tests": (PLAIN + '[[claims]]\ntext = "Yes."\n', "the claim 'Yes.' has no tests"),
+    "claim about the baseline": (
+        PLAIN + '[[claims]]\ntext = ""\ntests = [{ measure = "loss", setting = "plain", high = 0.0, '
+        "against_baseline = true }]\n",
+        "sets the baseline 'plain' against itself",
+    ),
+    "draft model": (PLAIN + 'draft_model = "tiny"\n', "the draft model of 'mtp'"),
+    "timed prompts": (PLAIN + "[measure]\nnum_prompts = 1\n", "exceeds measure.num_prompts = 1"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named_with_the_way_out(tmp_path, mistake: str):
+    text, message = MISTAKES[mistake]
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path, text, scale="gpu" if mistake == "unknown size" else "cpu")
+    assert message in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="study not found"):
+        load_study(tmp_path / "absent.toml")
+
+
+@given(seed=st.integers(0, 9), num_steps=st.integers(1, 9), power=st.sampled_from([0.1, 0.3]))
+def test_runs_have_one_id_iff_they_train_the_same_on_the_same_text(seed: int, num_steps: int, power: float):
+    objective = ObjectiveConfig(mtp_lambda=ScheduleConfig(values=(power,)))
+    recipe = Recipe(objective=objective, training=TrainingConfig(seed=seed, num_steps=num_steps + 20))
+    elsewhere = replace(recipe, training=replace(recipe.training, device="cpu", log_every=7))
+    assert run_id(recipe, "a") == run_id(elsewhere, "a")
+    assert run_id(recipe, "a") != run_id(recipe, "b")
+    longer = replace(recipe, training=replace(recipe.training, num_steps=num_steps + 21))
+    assert run_id(recipe, "a") != run_id(longer, "a")
+
+
+def test_ids_stay_what_they_are():
+    """Runs that people have on disk are found again by later versions."""
+    assert run_id(Recipe(mtp=MTPConfig(num_depths=3)), "text") == "0c9a41f0de8448db"
