@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -188,15 +189,26 @@ def test_a_study_writes_one_row_per_run_and_a_page_that_stands_alone(study_folde
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_a_failing_run_is_named_with_its_cause_and_finished_runs_are_kept(study_folder: Path):
+def test_a_setting_that_cannot_be_trained_is_named_before_anything_is_trained(study_folder: Path):
     study = STUDY.replace('name = "three tokens"', 'name = "three tokens"\nset.optimizer.learning_rate = 1e30')
-    (study_folder / "broken.toml").write_text(study)
-    process = start(study_folder, "broken", "broken.toml")
+    (study_folder / "diverging.toml").write_text(study)
+    process = start(study_folder, "diverging", "diverging.toml")
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 2
     said = " ".join(printed.split())
-    assert "the run of 'three tokens' with seed 0 failed" in said
-    assert "diverged" in said
+    assert "error: timing the steps of 'three tokens' failed: training diverged" in said
+    assert "Traceback" not in printed
+
+
+def test_a_failing_run_is_named_with_its_cause_and_the_same_command_goes_on(study_folder: Path):
+    study = STUDY.replace("completion_length = 24", "completion_length = 500")
+    (study_folder / "failing.toml").write_text(study)
+    process = start(study_folder, "uninterrupted", "failing.toml")
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    said = " ".join(printed.split())
+    assert re.search("error: the run of '.*' with seed [01] failed: measure.completion_length = 500", said)
+    assert "the same command goes on" in said
     assert "Traceback" not in printed
 
 

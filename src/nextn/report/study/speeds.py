@@ -16,6 +16,7 @@ import torch
 
 from nextn.checkpoint import read_json, write_json
 from nextn.config import Recipe
+from nextn.errors import NextnError, StudyError
 from nextn.model.device import resolve_device
 from nextn.mtp.cost import phases
 from nextn.report.provenance import machine
@@ -111,6 +112,9 @@ def measure_speeds(
         data_of: a recipe's text.
         path: where measured times are kept.
         say: told what is being timed.
+
+    Raises:
+        StudyError: a setting cannot be trained, not even for a few steps.
     """
     device = resolve_device(recipes[baseline].training.device)
     file = SpeedFile.read(path, device)
@@ -126,7 +130,10 @@ def measure_speeds(
             if key not in file.pairs:
                 what = f", depths {', '.join(map(str, depths)) or 'none'}" if recipe.mtp.num_depths else ""
                 say(f"timing training steps: {name}{what}, beside {baseline}")
-                file.pairs[key] = _timed_pair(recipes[baseline], variant, data_of)
+                try:
+                    file.pairs[key] = _timed_pair(recipes[baseline], variant, data_of)
+                except NextnError as error:
+                    raise StudyError(f"timing the steps of {name!r} failed: {error}") from None
                 file.write(device)
             times[name, depths] = file.pairs[key]
     baseline_s = [seconds for pair in times.values() for seconds in pair.baseline_s]
