@@ -10,14 +10,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from nextn.cli.output import figures_table
+from nextn.cli.output import figures_table, results
 from nextn.report.approaches import Approach
 from nextn.report.bench_figures import BenchReport, Setting, SettingFigures
 from nextn.report.html import count, duration, plural
 from nextn.report.peers import PeerFigures
-
-WIDTH = 120
-"""Columns where the output is no terminal."""
 
 
 class BenchProgress:
@@ -56,9 +53,7 @@ class BenchProgress:
 
 def print_report(report: BenchReport) -> None:
     """To standard output: a table per setting, then peers, approaches, notes and the verdict."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
+    console = results()
     for figures in report.settings:
         console.print(_arms_table(figures))
     if report.peers:

@@ -19,9 +19,18 @@ if TYPE_CHECKING:  # importing it needs lm-evaluation-harness
     from nextn.report.tasks import TaskScore
 
 
+WIDTH = 120
+
+
 def messages() -> Console:
     """Where progress and hints go: standard error, text as it is, so that standard output holds results only."""
     return Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+def results() -> Console:
+    """Where tables of results go: standard output, `WIDTH` columns wide where that is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
 
 
 @contextmanager

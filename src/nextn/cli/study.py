@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from nextn.cli.output import interruptible, messages, status
+from nextn.cli.output import interruptible, messages, results, status
 from nextn.cli.study_output import StudyProgress, print_plan, print_result
 from nextn.report.study.page import write_page
 from nextn.report.study.run import plan_study, run_study
@@ -54,7 +53,7 @@ def study(
     with status(console) as say:
         planned = plan_study(loaded, out, say)
     used = [device.strip() for device in devices.split(",")]
-    print_plan(Console(), planned, used)
+    print_plan(results(), planned, used)
     if plan:
         return
     with (
@@ -67,5 +66,5 @@ def study(
     write_json(result, folder / "study.json")
     write_csv(result, folder / "study.csv")
     write_page(result, folder / "study.html")
-    print_result(Console(), result)
+    print_result(results(), result)
     console.print(f"page: {folder / 'study.html'}")

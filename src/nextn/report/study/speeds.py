@@ -119,23 +119,24 @@ def measure_speeds(
     device = resolve_device(recipes[baseline].training.device)
     file = SpeedFile.read(path, device)
     baseline_id = run_id(recipes[baseline], "")
-    times: dict[tuple[str, Depths], StepTimes] = {}
-    for name, recipe in recipes.items():
-        for depths, _ in phases_of(recipe):
-            variant = with_depths_on(recipe, depths) if recipe.mtp.num_depths else recipe
-            variant_id = run_id(variant, "")
-            if variant_id == baseline_id and len(recipes) > 1:
-                continue
-            key = f"{baseline_id}/{variant_id}"
-            if key not in file.pairs:
-                what = f", depths {', '.join(map(str, depths)) or 'none'}" if recipe.mtp.num_depths else ""
-                say(f"timing training steps: {name}{what}, beside {baseline}")
-                try:
-                    file.pairs[key] = _timed_pair(recipes[baseline], variant, data_of)
-                except NextnError as error:
-                    raise StudyError(f"timing the steps of {name!r} failed: {error}") from None
-                file.write(device)
-            times[name, depths] = file.pairs[key]
+    variants = {
+        (name, depths): with_depths_on(recipe, depths) if recipe.mtp.num_depths else recipe
+        for name, recipe in recipes.items()
+        for depths, _ in phases_of(recipe)
+    }
+    different = {place: variant for place, variant in variants.items() if run_id(variant, "") != baseline_id}
+    times = {}
+    for (name, depths), variant in (different or variants).items():
+        key = f"{baseline_id}/{run_id(variant, '')}"
+        if key not in file.pairs:
+            what = f", depths {', '.join(map(str, depths)) or 'none'}" if variant.mtp.num_depths else ""
+            say(f"timing training steps: {name}{what}, beside {baseline}")
+            try:
+                file.pairs[key] = _timed_pair(recipes[baseline], variant, data_of)
+            except NextnError as error:
+                raise StudyError(f"timing the steps of {name!r} failed: {error}") from None
+            file.write(device)
+        times[name, depths] = file.pairs[key]
     baseline_s = [seconds for pair in times.values() for seconds in pair.baseline_s]
     return Speeds(times, statistics.median(baseline_s))
 
