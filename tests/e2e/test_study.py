@@ -85,10 +85,15 @@ text = "Three tokens are better."
 tests = [{ measure = "loss", setting = "three tokens", high = 0.0, against_baseline = true }]
 """
 
-ANOTHER_SETTING = """
+MORE_SETTINGS = """
 [[settings]]
 name = "two tokens"
 set.mtp.num_depths = 1
+
+[[settings]]
+name = "its own draft model"
+set.mtp.num_depths = 0
+draft_model = "next token"
 """
 
 DEPENDS_ON_THE_MACHINE = {*TIMED, "training_tok_per_s", "peak_memory_bytes"}
@@ -164,18 +169,37 @@ def test_a_study_killed_in_the_middle_and_started_again_ends_with_the_same_table
     assert without_times(resumed) == without_times(uninterrupted)
 
 
-def test_an_extended_study_trains_the_new_runs_only(study_folder: Path, uninterrupted: StudyResult):
-    (study_folder / "longer.toml").write_text(STUDY + ANOTHER_SETTING)
+@pytest.fixture(scope="module")
+def longer(study_folder: Path, uninterrupted: StudyResult) -> StudyResult:
+    """The study with two settings more, in the same folder."""
+    (study_folder / "longer.toml").write_text(STUDY + MORE_SETTINGS)
     trained = study_folder / "uninterrupted" / "trained"
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("metrics.jsonl")}
     printed = finish(study_folder, "uninterrupted", "longer.toml")
-    assert "2 runs to do" in printed
+    assert "4 runs to do" in printed, "two to train, and two to measure with a draft model"
     after = {path: path.stat().st_mtime_ns for path in trained.rglob("metrics.jsonl")}
     assert len(after) == len(before) + 2
     assert {path: after[path] for path in before} == before
-    longer = read_json(study_folder / "uninterrupted" / "longer-cpu" / "study.json")
-    assert [given.name for given in longer.settings] == ["next token", "three tokens", "two tokens"]
+    return read_json(study_folder / "uninterrupted" / "longer-cpu" / "study.json")
+
+
+def test_an_extended_study_trains_the_new_runs_only(longer: StudyResult, uninterrupted: StudyResult):
+    names = ["next token", "three tokens", "two tokens", "its own draft model"]
+    assert [given.name for given in longer.settings] == names
     assert {run.id for run in uninterrupted.runs} < {run.id for run in longer.runs}
+
+
+def test_a_model_that_drafts_for_itself_is_always_accepted_and_costs_twice_the_training(longer: StudyResult):
+    plain, drafted = (
+        [run for run in longer.runs if (run.setting, run.ladder) == (name, None)]
+        for name in ("next token", "its own draft model")
+    )
+    for target, both in zip(plain, drafted, strict=True):
+        assert both.id == target.id
+        assert both.values["acceptance_greedy_1"] == 1.0
+        assert both.values["loss"] == target.values["loss"]
+        for name in ("training_flops", "num_parameters"):
+            assert both.values[name] == 2 * target.values[name]
 
 
 def test_a_study_writes_one_row_per_run_and_a_page_that_stands_alone(study_folder: Path, uninterrupted: StudyResult):

@@ -15,9 +15,13 @@ from rich.console import Console
 
 from nextn.errors import CheckpointError, ConfigError
 from nextn.report.study import page, plots, tables
+from nextn.report.study.claims import judge
 from nextn.report.study.compare import compare
+from nextn.report.study.cost_plots import pareto_front
+from nextn.report.study.drawing import style_of
 from nextn.report.study.measures import MEASURES
 from nextn.report.study.results import Comparison, Estimate, SettingFacts
+from nextn.report.study.settings import Claim, Criterion
 from nextn.report.study.tables import Cell, cell, comparisons_of
 from tests.unit.study_example import BASELINE, LADDER, SEEDS, SETTINGS, example
 from tests.unit.test_report import Page, contrast
@@ -225,8 +229,9 @@ def test_a_difference_of_fewer_seeds_than_the_study_has_says_so(result):
 
 def test_every_plot_names_every_setting_it_shows_and_takes_its_colours_from_the_page(result):
     drawn = plots.plots(result)
-    assert list(drawn) == ["loss-tokens", "loss-time", "differences", "position", "lengths", "acceptance", "overhead",
-                           "training-cost", "decoding-speed", "ladder"]  # fmt: skip
+    assert list(drawn) == ["loss-tokens", "loss-time", "differences", "position", "lengths", "acceptance",
+                           "acceptance-unconditional", "overhead", "training-cost", "decoding-speed",
+                           "ladder"]  # fmt: skip
     drawn |= {plot.name: plot for plot in (plots.measure_plot(result, "parse_share"),) if plot is not None}
     for name, plot in drawn.items():
         alternative = re.search(r'role="img" aria-label="([^"]*)"', plot.svg)
@@ -242,7 +247,8 @@ def test_every_plot_names_every_setting_it_shows_and_takes_its_colours_from_the_
     ("measures", "missing"),
     [
         (("al_",), {"lengths"}),
-        (("acceptance_",), {"acceptance"}),
+        (("acceptance_",), {"acceptance", "acceptance-unconditional"}),
+        (("acceptance_greedy_unconditional", "acceptance_sampled_unconditional"), {"acceptance-unconditional"}),
         (("time_overhead",), {"overhead"}),
         (("loss",), {"differences"}),
     ],
@@ -261,12 +267,46 @@ def test_a_claim_about_a_measure_that_no_plot_is_made_for_gets_one_of_its_own(re
     assert plots.measure_plot(result, "task/arc_easy/acc") is None
 
 
+def test_claims_about_acceptance_of_every_depth_share_the_plot_of_its_kind(result):
+    measures = [f"acceptance_{arm}_unconditional_{depth}" for arm in ("greedy", "sampled") for depth in (1, 2)]
+    claims = tuple(
+        judge(Claim(measure, (Criterion(measure=measure, setting="three depths", low=0.5),)), result.comparisons,
+              BASELINE)
+        for measure in measures
+    )  # fmt: skip
+    shown, _ = page._claims_and_plots(dataclasses.replace(result, claims=claims))
+    assert [plot.name for plot in shown[0].own] == ["acceptance-unconditional"]
+    assert all(claim.own == [] and claim.shared == shown[0].own for claim in shown[1:])
+
+
+def tells_shares(plot: plots.Plot, result, suffix: str) -> bool:
+    """Whether a plot says the acceptance of every setting that drafts, greedy and sampled, first depth first."""
+    found = comparisons_of(result)
+    lines = []
+    for arm in ("greedy", "sampled"):
+        for setting, num_depths in (("one depth", 1), ("three depths", 3)):
+            measures = [f"acceptance_{arm}{suffix}_{depth}" for depth in range(1, num_depths + 1)]
+            shares = [found[setting, measure].value.mean for measure in measures]
+            lines.append(f"{setting}, {arm}: " + ", ".join(f"{share:.0%}" for share in shares))
+    return all(line in plot.svg for line in lines)
+
+
+def test_a_plot_of_acceptance_tells_the_shares_of_its_own_kind_and_not_those_of_the_other(result):
+    drawn = plots.plots(result)
+    for name, suffix, other in (
+        ("acceptance", "", "_unconditional"),
+        ("acceptance-unconditional", "_unconditional", ""),
+    ):
+        assert tells_shares(drawn[name], result, suffix)
+        assert not tells_shares(drawn[name], result, other)
+
+
 def test_two_dozen_settings_all_look_different(result):
     names = [f"setting {number}" for number in range(24)]
     many = dataclasses.replace(
         result, settings=(result.settings[0], *(SettingFacts(name, {}, "", 0.1) for name in names))
     )
-    assert len({plots._style(many, name) for name in (BASELINE, *names)}) == 25
+    assert len({style_of(many, name) for name in (BASELINE, *names)}) == 25
 
 
 POINTS = st.dictionaries(
@@ -291,7 +331,7 @@ def check_front(front_of) -> None:
 
 
 def test_the_pareto_front_is_what_nothing_beats_in_both():
-    check_front(plots.pareto_front)
+    check_front(pareto_front)
 
 
 def test_a_front_that_asks_to_be_beaten_strictly_in_both_is_caught():

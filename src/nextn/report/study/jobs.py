@@ -109,7 +109,7 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str], progress: Progress) ->
             for worker in [worker for worker in running if worker.process.poll() is not None]:
                 running.remove(worker)
                 free.append(worker.device)
-                if not worker.job.is_done():
+                if worker.process.returncode or not worker.job.is_done():
                     raise _failure(worker)
                 progress.finished(worker.job)
             progress.update([worker.job for worker in running])

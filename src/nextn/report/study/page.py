@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -29,11 +29,13 @@ from nextn.report.study.tables import (
 )  # fmt: skip
 from nextn.tables import flattened
 
+if TYPE_CHECKING:
+    from nextn.report.study.drawing import Plot
+
 _TONES = {"confirmed": "better", "refuted": "worse", "not resolved at this scale": "unresolved"}
 _EQUALS = {
     "equal tokens": "loss", "equal FLOPs": "loss_at_equal_flops", "equal training time": "loss_at_equal_time",
 }  # fmt: skip
-
 
 MAX_NAMES = 4
 """Settings that a sentence lists by name."""
@@ -45,8 +47,8 @@ class _ShownClaim:
 
     claim: ClaimResult
     tone: str
-    own: list[Any]
-    shared: list[Any]
+    own: list[Plot]
+    shared: list[Plot]
 
 
 def render(result: StudyResult) -> str:
@@ -184,16 +186,16 @@ def _more(share: float) -> str:
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def _claims_and_plots(result: StudyResult) -> tuple[list[_ShownClaim], dict[str, Any]]:
+def _claims_and_plots(result: StudyResult) -> tuple[list[_ShownClaim], dict[str, Plot]]:
     """Claims with their plots, and all plots by name in the order in which the page shows them."""
     from nextn.report.study import plots  # matplotlib is slow to import, and only a page needs it
 
     general = plots.plots(result)
-    with_claims: dict[str, Any] = {}
+    with_claims: dict[str, Plot] = {}
     shown_claims = []
     for claim in result.claims:
-        own: list[Any] = []
-        shared: list[Any] = []
+        own: list[Plot] = []
+        shared: list[Plot] = []
         for measure in dict.fromkeys(test.measure for test in claim.tests):
             plot = general.get(plots.plot_name(measure)) or plots.measure_plot(result, measure)
             if plot is None or plot in own or plot in shared:
