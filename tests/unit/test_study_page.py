@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from nextn.cli.study_output import print_result
 from nextn.errors import CheckpointError, ConfigError
 from nextn.report.study import page, plots, tables
 from nextn.report.study.claims import judge
@@ -355,7 +356,7 @@ def test_a_study_of_another_version_is_refused_by_the_key(result, tmp_path):
     table = json.loads((tmp_path / "study.json").read_text())
     del table["runs"][3]["seed"]
     (tmp_path / "study.json").write_text(json.dumps(table))
-    with pytest.raises(ConfigError, match=r"study.json.runs lacks seed"):
+    with pytest.raises(ConfigError, match=r"study.json.runs\[3\] lacks seed"):
         tables.read_json(tmp_path / "study.json")
     with pytest.raises(CheckpointError):
         tables.read_json(tmp_path / "none.json")
@@ -393,8 +394,7 @@ def test_the_terminal_shows_settings_differences_and_claims_as_they_are_written(
     facts = dataclasses.replace(result.settings[1], name="stages [[1], [2]]")
     odd = dataclasses.replace(result, settings=(result.settings[0], facts, *result.settings[2:]))
     console = Console(width=250, record=True, file=io.StringIO())
-    console.print(tables.console_table(odd))
-    tables.print_claims(result, console)
+    print_result(console, odd)
     text = console.export_text()
     assert "stages [[1], [2]]" in text
     assert tables.difference_text(comparisons_of(result)["three depths", "loss"], 3) in text
@@ -404,7 +404,7 @@ def test_the_terminal_shows_settings_differences_and_claims_as_they_are_written(
 
 def test_the_table_fits_a_terminal_of_120_columns(result):
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(tables.console_table(result))
+    print_result(console, result)
     text = console.export_text()
     assert "parses" in text
     assert "\u2026" not in text

@@ -7,22 +7,31 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
 
 from nextn.cli.output import figures_table
 from nextn.mtp.cost import model_cost, training_flops, weightless_model
-from nextn.report.html import count, duration
+from nextn.report.html import NOT_MEASURED, count, duration
+from nextn.report.study.compare import known_measure, shown
 from nextn.report.study.jobs import Job
-from nextn.report.study.results import StudyResult
+from nextn.report.study.results import Comparison, StudyResult, Verdict
 from nextn.report.study.run import StudyPlan
 from nextn.report.study.speeds import phases_of
-from nextn.report.study.tables import console_table, print_claims
+from nextn.report.study.tables import NOT_RESOLVED, comparisons_of, difference_text, title_of
 
 PLAIN_LINE_EVERY_S = 30.0
 """Where there is no terminal, at most one line in this many seconds, and one for every finished run."""
 
 MEASURING_S = 40.0
 """Guess of the seconds that measuring a run takes, until the first has been measured."""
+
+_MEASURES = (
+    "flops_overhead", "time_overhead", "steps_ratio", "effective_speedup", "al_greedy", "decode_speedup_greedy",
+    "parse_share",
+)  # fmt: skip
+_VERDICT_STYLES: dict[Verdict, str] = {"confirmed": "green", "refuted": "red", "not resolved at this scale": "yellow"}
 
 
 def print_plan(console: Console, plan: StudyPlan, devices: Sequence[str]) -> None:
@@ -62,9 +71,40 @@ def print_plan(console: Console, plan: StudyPlan, devices: Sequence[str]) -> Non
 
 def print_result(console: Console, result: StudyResult) -> None:
     """The comparison, and the claims with their verdicts."""
-    console.print(console_table(result))
-    if result.claims:
-        print_claims(result, console)
+    console.print(_comparison_table(result))
+    for claim in result.claims:
+        style = _VERDICT_STYLES[claim.verdict]
+        console.print(f"[{style}]{claim.verdict}[/]: {escape(claim.text)}", highlight=False, soft_wrap=True)
+        for test in claim.tests:
+            line = f"  claimed {test.claimed}; measured {test.measured}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _comparison_table(result: StudyResult) -> Table:
+    """A row per setting: loss, its difference from the baseline, costs, decoding, parsing code."""
+    found = comparisons_of(result)
+    names = [name for name in _MEASURES if any(measure == name for _, measure in found)]
+    table = figures_table(
+        f"{escape(result.title)}: mean of seeds {' '.join(map(str, result.seeds))}",
+        ("setting", "loss", "less the baseline's", *map(title_of, names)),
+    )
+    for facts in result.settings:
+        loss = found.get((facts.name, "loss"))
+        row = [_mean(loss), _loss_difference(loss), *(_mean(found.get((facts.name, name))) for name in names)]
+        table.add_row(escape(facts.name), *row, style="bold" if facts.name == result.baseline else None)
+    return table
+
+
+def _mean(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return NOT_MEASURED
+    return shown(comparison.value.mean, known_measure(comparison.measure))
+
+
+def _loss_difference(comparison: Comparison | None) -> str:
+    if comparison is None or comparison.difference is None:
+        return NOT_MEASURED
+    return NOT_RESOLVED if comparison.resolved is False else difference_text(comparison, comparison.value.n)
 
 
 def _predicted_s(job: Job) -> float:

@@ -22,7 +22,7 @@ from nextn.report.study.drawing import (
     time_unit,
 )
 from nextn.report.study.intervals import estimate, excludes
-from nextn.report.study.results import CurvePoint, Estimate, RunResult, StudyResult
+from nextn.report.study.results import CurvePoint, Estimate, StudyResult
 from nextn.report.study.tables import against_baseline, baseline_of, comparisons_of, difference_text
 
 _NUM_EIGHTHS = 8
@@ -190,12 +190,13 @@ def _differences_by_eighth(result: StudyResult) -> dict[str, list[Estimate]]:
 @styled
 def ladder_plot(result: StudyResult) -> Plot | None:
     """The baseline's loss by its length in steps (logarithmic), and the settings' final losses beside it."""
-    ends = [(run, *end) for run in result.runs if (end := _end(run))]
-    if all(run.ladder is None for run, _, _ in ends if run.setting == result.baseline):
+    runs = [run for run in result.runs if run.curve and "loss" in run.values]
+    if all(run.ladder is None for run in runs if run.setting == result.baseline):
         return None
     rungs: dict[int, list[float]] = {}
     others: dict[str, list[tuple[int, float]]] = {name: [] for name in other_settings(result)}
-    for run, step, loss in ends:
+    for run in runs:
+        step, loss = run.curve[-1].step, run.values["loss"]
         if run.setting == result.baseline:
             rungs.setdefault(step, []).append(loss)
         elif run.ladder is None:
@@ -229,8 +230,3 @@ def ladder_plot(result: StudyResult) -> Plot | None:
         "lead to the steps that the baseline needs to its loss."
     )
     return Plot("ladder", "Steps to the same loss", words, to_svg(figure, "ladder", "; ".join(texts)))
-
-
-def _end(run: RunResult) -> tuple[int, float] | None:
-    """Last step and final loss; None: the run lacks one of them."""
-    return (run.curve[-1].step, run.values["loss"]) if run.curve and "loss" in run.values else None

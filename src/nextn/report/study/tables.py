@@ -1,4 +1,4 @@
-"""A study's figures as tables: CSV and JSON for machines, a table for the terminal, Markdown for the documentation."""
+"""A study's figures as tables: CSV and JSON for machines, Markdown for the documentation."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from nextn import checkpoint
 from nextn.report.html import NOT_MEASURED
 from nextn.report.study.compare import known_measure, shown, shown_estimate
 from nextn.report.study.measures import MEASURES, Measure, measure_of
-from nextn.report.study.results import Comparison, Estimate, StudyResult, Verdict
+from nextn.report.study.results import Comparison, Estimate, StudyResult
 from nextn.tables import from_table, to_table
 
 MAIN_MEASURES = (
@@ -27,12 +22,6 @@ MAIN_MEASURES = (
     "repeated_share",
 )  # fmt: skip
 """Columns of the comparison, those of them that the study has."""
-_CONSOLE_MEASURES = (
-    "flops_overhead", "time_overhead", "steps_ratio", "effective_speedup", "al_greedy", "decode_speedup_greedy",
-    "parse_share",
-)  # fmt: skip
-_SETTING_WIDTH = 18  # letters of a setting's name that get a line of the terminal
-_VERDICT_STYLES: dict[Verdict, str] = {"confirmed": "green", "refuted": "red", "not resolved at this scale": "yellow"}
 NOT_RESOLVED = "not resolved"
 
 
@@ -203,56 +192,7 @@ def read_json(path: Path) -> StudyResult:
     return from_table(StudyResult, checkpoint.read_json(path), str(path))
 
 
-# ---------------------------------------------------------------------------------------------- terminal and Markdown
-
-
-def console_table(result: StudyResult) -> Table:
-    """A row per setting for the terminal: loss, its difference from the baseline, costs, decoding, parsing code."""
-    found = comparisons_of(result)
-    names = [name for name in _CONSOLE_MEASURES if any(measure == name for _, measure in found)]
-    title = f"{escape(result.title)}: mean of seeds {' '.join(map(str, result.seeds))}"
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    longest = max(len(facts.name) for facts in result.settings)
-    table.add_column("setting", overflow="fold", min_width=min(longest, _SETTING_WIDTH))
-    table.add_column("loss", justify="right")
-    table.add_column("less the baseline's", justify="right", no_wrap=True)
-    for name in names:
-        title = title_of(name)
-        table.add_column(title, justify="right", width=max(map(len, title.split())))
-    for facts in result.settings:
-        row = [_mean(found.get((facts.name, "loss"))), _loss_difference(found.get((facts.name, "loss")))]
-        row += [_mean(found.get((facts.name, name))) for name in names]
-        table.add_row(escape(facts.name), *row, style="bold" if facts.name == result.baseline else None)
-    return table
-
-
-def _mean(comparison: Comparison | None) -> str:
-    if comparison is None:
-        return NOT_MEASURED
-    return shown(comparison.value.mean, known_measure(comparison.measure))
-
-
-def _loss_difference(comparison: Comparison | None) -> str:
-    if comparison is None or comparison.difference is None:
-        return NOT_MEASURED
-    return NOT_RESOLVED if comparison.resolved is False else difference_text(comparison, comparison.value.n)
-
-
-def print_claims(result: StudyResult, console: Console) -> None:
-    """Every claim with its verdict, and below it what was claimed and measured."""
-    for claim in result.claims:
-        style = _VERDICT_STYLES[claim.verdict]
-        console.print(f"[{style}]{claim.verdict}[/]: {escape(claim.text)}", highlight=False, soft_wrap=True)
-        for test in claim.tests:
-            line = f"  claimed {test.claimed}; measured {test.measured}"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+# ------------------------------------------------------------------------------------------------------------ Markdown
 
 
 def markdown_tables(result: StudyResult) -> str:
