@@ -14,7 +14,8 @@ class Measure:
     Attributes:
         title: heading of its column.
         meaning: one sentence with the unit.
-        better: which way is an improvement; None: neither.
+        better: which way is an improvement; None: it is shown, and not compared (the timed steps of a setting are the
+            same for all its seeds).
         form: how it is shown: `number` (three digits after the point), `share` (percent), `count` (1.2M) or `ratio`
             (1.05x).
         per_depth: the name takes a suffix `_1`, `_2`, ... for the depth.
@@ -63,9 +64,13 @@ MEASURES = {
     ),
     "repeated_share": Measure("repeats", "share of the sampled text that repeats itself (16 tokens)", "lower", "share"),
     "repeated_share_greedy": Measure("repeats, greedy", "the same of greedy text: loops flatter AL", "lower", "share"),
-    "training_tok_per_s": Measure("training tok/s", "tokens trained per second, steps interleaved", "higher", "count"),
+    "training_tok_per_s": Measure("training tok/s", "tokens trained per second, steps interleaved", None, "count"),
     "training_flops": Measure("training FLOPs", "floating-point operations of the whole training", "lower", "count"),
     "peak_memory_bytes": Measure("peak memory", "largest memory of the training process, bytes", "lower", "count"),
+    "expert_load_trunk": Measure(
+        "expert load, trunk", "load of the busiest expert relative to the mean, at the end, mean over layers", "lower"
+    ),
+    "expert_load_mtp": Measure("expert load, MTP", "the same in the MTP blocks", "lower"),
     "num_parameters": Measure("parameters", "of trunk and MTP modules", "lower", "count"),
     "num_mtp_parameters": Measure("MTP parameters", "of the MTP modules alone", "lower", "count"),
     "time_overhead": Measure(
@@ -91,9 +96,12 @@ MEASURES = {
         "loss, equal time", "loss less that of the baseline trained for as long", "lower", pair=True
     ),
 }  # fmt: skip
-"""By name. Beside them, `task/NAME/METRIC` is a score of lm-evaluation-harness (higher is better)."""
+"""By name. Beside them, `task/NAME/METRIC` is a score of lm-evaluation-harness (higher is better, but for perplexities
+and the like)."""
 
 _TASK = Measure("task", "score of lm-evaluation-harness", "higher")
+_TASK_LOSS = Measure("task", "score of lm-evaluation-harness", "lower")
+_TASK_LOSSES = ("perplexity", "bits_per_byte", "brier_score")
 
 
 def measure_of(name: str) -> Measure | None:
@@ -105,7 +113,7 @@ def measure_of(name: str) -> Measure | None:
     (None, None)
     """
     if name.startswith("task/") and name.count("/") == 2:
-        return _TASK
+        return _TASK_LOSS if any(metric in name.rpartition("/")[2] for metric in _TASK_LOSSES) else _TASK
     stem, _, depth = name.rpartition("_")
     if re.fullmatch(r"[1-9]\d*", depth) and stem in MEASURES and MEASURES[stem].per_depth:
         return MEASURES[stem]
