@@ -17,6 +17,7 @@ import pytest
 
 from nextn.report.study.measuring import TIMED
 from nextn.report.study.results import StudyResult
+from nextn.report.study.run import locked
 from nextn.report.study.tables import read_json
 
 BASE = """
@@ -222,6 +223,27 @@ def test_a_setting_that_cannot_be_trained_is_named_before_anything_is_trained(st
     said = " ".join(printed.split())
     assert "error: timing the steps of 'three tokens' failed: training diverged" in said
     assert "Traceback" not in printed
+
+
+def test_a_second_study_in_the_same_folder_is_refused_while_one_runs(study_folder: Path):
+    with locked(study_folder / "busy"):
+        process = start(study_folder, "busy")
+        printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "another study is running in busy" in printed
+
+
+def test_a_run_that_diverges_is_left_out_and_said_so(study_folder: Path, longer: StudyResult):
+    lost = next(run for run in longer.runs if (run.setting, run.seed) == ("two tokens", 1))
+    message = study_folder / "uninterrupted" / "trained" / lost.id / "diverged.json"
+    message.write_text(json.dumps({"message": "training diverged at step 7"}))
+    try:
+        finish(study_folder, "uninterrupted", "longer.toml")
+        result = read_json(study_folder / "uninterrupted" / "longer-cpu" / "study.json")
+    finally:
+        message.unlink()
+    assert [run for run in longer.runs if run not in result.runs] == [lost]
+    assert "Left out: two tokens, seed 1: training diverged at step 7" in result.notes
 
 
 def test_a_failing_run_is_named_with_its_cause_and_the_same_command_goes_on(study_folder: Path):

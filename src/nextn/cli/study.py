@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from nextn.checkpoint import make_folder
 from nextn.cli.output import interruptible, messages, results, status
 from nextn.cli.study_output import StudyProgress, print_plan, print_result
+from nextn.report.study.jobs import checked_devices
 from nextn.report.study.page import write_page
-from nextn.report.study.run import plan_study, run_study
+from nextn.report.study.run import locked, plan_study, run_study
 from nextn.report.study.settings import load_study
 from nextn.report.study.tables import write_csv, write_json
 
@@ -35,8 +37,8 @@ def study(
     """Compare ways to train, over several seeds, at equal tokens, FLOPs and time.
 
     Prints the plan with an estimate of its time, trains and measures what is missing, and writes study.html, study.json
-    and study.csv into OUT/NAME-SCALE. Every run has a folder in OUT/trained whose name is the hash of its settings and
-    text, so a killed study goes on where it was, and studies share their runs.
+    and study.csv into OUT/NAME-SCALE (with --set, its values too). Every run has a folder in OUT/trained whose name is
+    the hash of its settings and text, so a killed study goes on where it was, and studies share their runs.
 
     Examples:
 
@@ -49,20 +51,17 @@ def study(
         nextn study recipes/studies/lambda.toml --plan
     """
     console = messages()
-    loaded = load_study(recipe, scale, set_ or ())
-    with status(console) as say:
-        planned = plan_study(loaded, out, say)
-    used = [device.strip() for device in devices.split(",")]
-    print_plan(results(), planned, used)
-    if plan:
-        return
-    with (
-        interruptible(console, "finished runs are kept, and the same command goes on"),
-        StudyProgress(console, planned, used) as progress,
-    ):
-        result = run_study(planned, used, progress)
-    folder = out / f"{loaded.name}-{scale}"
-    folder.mkdir(parents=True, exist_ok=True)
+    loaded, used = load_study(recipe, scale, set_ or ()), checked_devices(devices)
+    with locked(out), interruptible(console, "finished runs are kept, and the same command goes on"):
+        with status(console) as say:
+            planned = plan_study(loaded, out, used[0], say)
+        print_plan(results(), planned, used)
+        if plan:
+            return
+        with StudyProgress(console, planned, used) as progress:
+            result = run_study(planned, used, progress)
+    folder = out / "-".join([loaded.name, scale, *(set_ or ())]).replace("/", "_")
+    make_folder(folder)
     write_json(result, folder / "study.json")
     write_csv(result, folder / "study.csv")
     write_page(result, folder / "study.html")

@@ -13,19 +13,18 @@ from rich.table import Table
 
 from nextn.cli.output import figures_table
 from nextn.mtp.cost import model_cost, training_flops, weightless_model
-from nextn.report.html import NOT_MEASURED, count, duration
+from nextn.report.html import NOT_MEASURED, count, duration, plural
 from nextn.report.study.compare import known_measure, shown
 from nextn.report.study.jobs import Job
 from nextn.report.study.results import Comparison, StudyResult, Verdict
 from nextn.report.study.run import StudyPlan
-from nextn.report.study.speeds import phases_of
 from nextn.report.study.tables import NOT_RESOLVED, comparisons_of, difference_text, title_of
 
 PLAIN_LINE_EVERY_S = 30.0
 """Where there is no terminal, at most one line in this many seconds, and one for every finished run."""
 
-MEASURING_S = 40.0
-"""Guess of the seconds that measuring a run takes, until the first has been measured."""
+MEASURING_S = {True: 40.0, False: 12.0}
+"""Guess of the seconds that measuring a run takes, its decoding included or not; what is done corrects all guesses."""
 
 _MEASURES = (
     "flops_overhead", "time_overhead", "steps_ratio", "effective_speedup", "al_greedy", "decode_speedup_greedy",
@@ -38,7 +37,8 @@ def print_plan(console: Console, plan: StudyPlan, devices: Sequence[str]) -> Non
     """Settings with their size, cost and number of runs, and how long all of it will take."""
     loaded = plan.loaded
     table = figures_table(
-        f"{loaded.study.title}: {len(loaded.settings)} settings, {len(loaded.study.seeds)} seeds, size {loaded.scale}",
+        f"{escape(loaded.study.title)}: {plural(len(loaded.settings), 'setting')}, "
+        f"{plural(len(loaded.study.seeds), 'seed')}, size {loaded.scale}",
         ("setting", "parameters", "tokens", "FLOPs", "step", "runs", "to do"),
     )
     for given in loaded.settings:
@@ -48,14 +48,13 @@ def print_plan(console: Console, plan: StudyPlan, devices: Sequence[str]) -> Non
         flops = training_flops(
             recipe.model, recipe.mtp, recipe.objective, length, training.batch_size, training.num_steps
         )
-        mean_step_s = sum(n * plan.speeds.step_s(given.name, depths) for depths, n in phases_of(recipe))
         jobs = [job for job in plan.jobs if job.run.setting == given.name]
         table.add_row(
-            given.name,
+            escape(given.name),
             count(cost.num_parameters),
             count(training.num_steps * training.batch_size * length),
             f"{flops[-1]:.2e}",
-            f"{mean_step_s / training.num_steps * 1000:.0f} ms",
+            f"{1000 * plan.speeds.mean_step_s(given.name, recipe):.0f} ms",
             str(len(jobs)),
             str(sum(not job.is_done() for job in jobs)),
         )
@@ -64,7 +63,7 @@ def print_plan(console: Console, plan: StudyPlan, devices: Sequence[str]) -> Non
     if not missing:
         console.print("everything is trained and measured")
         return
-    seconds = sum(map(_predicted_s, missing)) / len(devices)
+    seconds = sum(map(_predicted_s, missing)) / _num_parallel(devices)
     where = f" on {', '.join(devices)}" if devices != ["auto"] else ""
     console.print(f"{len(missing)} runs to do{where}: about {duration(seconds)} on a quiet machine", highlight=False)
 
@@ -107,15 +106,21 @@ def _loss_difference(comparison: Comparison | None) -> str:
     return NOT_RESOLVED if comparison.resolved is False else difference_text(comparison, comparison.value.n)
 
 
+def _num_parallel(devices: Sequence[str]) -> int:
+    """Devices that work at full speed side by side; workers on one CPU share its cores."""
+    return len(set(devices))
+
+
 def _predicted_s(job: Job) -> float:
-    return job.predicted_s * (1 - job.share_done()) + MEASURING_S
+    is_decoded = bool(job.request.measure.num_prompts or job.request.measure.num_completions)
+    return job.predicted_s * (1 - job.share_done()) + MEASURING_S[is_decoded]
 
 
 class StudyProgress:
     """Runs done, what runs now, and the time left; a context manager. The first runs done correct the estimate."""
 
     def __init__(self, console: Console, plan: StudyPlan, devices: Sequence[str]) -> None:
-        self.console, self._num_devices = console, len(devices)
+        self.console, self._num_parallel = console, _num_parallel(devices)
         self._jobs, self._todo = plan.jobs, list(plan.missing)
         self._started = self._last_line = time.perf_counter()
         self._predicted_s = sum(map(_predicted_s, self._todo))
@@ -128,7 +133,7 @@ class StudyProgress:
         """Show the jobs that run now, and the time left."""
         left_s = sum(map(_predicted_s, self._todo))
         done_s, elapsed_s = self._predicted_s - left_s, time.perf_counter() - self._started
-        pace = elapsed_s / done_s if done_s > 0.05 * self._predicted_s else 1 / self._num_devices
+        pace = elapsed_s / done_s if done_s > 0.05 * self._predicted_s else 1 / self._num_parallel
         num_done = len(self._jobs) - len(self._todo)
         now = "; ".join(f"{job.run.setting}, seed {job.run.seed}: {job.share_done():.0%}" for job in running)
         text = f"{num_done}/{len(self._jobs)} runs, about {duration(left_s * pace)} left  {now}"

@@ -40,8 +40,8 @@ def time_steps(
             for name, recipe in recipes.items()
         }
         for turn in range(num_turns + 1):
-            for name, trainer in trainers.items():
-                of_turn = [_timed_step(trainer) for _ in range(STEPS_PER_TURN)]
+            for name in [*trainers][:: -1 if turn % 2 else 1]:  # none always comes first
+                of_turn = [_timed_step(trainers[name]) for _ in range(STEPS_PER_TURN)]
                 if turn:
                     seconds[name].append(statistics.median(of_turn[1:]))
     return seconds

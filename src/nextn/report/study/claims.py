@@ -43,12 +43,8 @@ def judge(claim: Claim, comparisons: Sequence[Comparison], baseline: str) -> Cla
         baseline: name of the setting that differences are from.
 
     Raises:
-        ConfigError: the claim has no test, no run has a measure that it tests, or neither way of a measure is better.
+        ConfigError: a test names a measure that there is not, or one of which neither way is better.
     """
-    if not claim.tests:
-        raise ConfigError(
-            f"the claim {claim.text!r} has no tests; add tests = [{{ measure = ..., setting = ..., ... }}]"
-        )
     tests = tuple(_tested(test, comparisons, baseline) for test in claim.tests)
     verdicts = [test.verdict for test in tests]
     if REFUTED in verdicts:
@@ -73,7 +69,10 @@ def verdict_of_bounds(found: Estimate, low: float | None, high: float | None) ->
 def _tested(test: Criterion, comparisons: Sequence[Comparison], baseline: str) -> CriterionResult:
     of_measure = {found.setting: found for found in comparisons if found.measure == test.measure}
     if not of_measure:
-        raise ConfigError(_missing(test.measure, comparisons))
+        who = test.best or test.setting
+        return CriterionResult(
+            f"{who!r}: {known_measure(test.measure).title}", _missing(test.measure), test.measure, NOT_RESOLVED
+        )
     seeds: dict[str, set[int]] = {}
     for found in comparisons:
         seeds.setdefault(found.setting, set()).update(found.seeds)
@@ -177,10 +176,7 @@ def _unmeasured(what: str, measure: Measure) -> str:
     return f"not measured for {what}" + (": no ladder of its baseline reaches it" if measure in ladder else "")
 
 
-def _missing(name: str, comparisons: Sequence[Comparison]) -> str:
-    """Says that no run has a measure, why that may be, and which there are."""
-    known_measure(name)
+def _missing(name: str) -> str:
+    """Says that no run has a measure, and why that may be."""
     reasons = [reason for beginnings, reason in _REASONS if name.startswith(beginnings)]
-    why = f"; perhaps {reasons[0]}" if reasons else ""
-    measured = ", ".join(dict.fromkeys(found.measure for found in comparisons)) or "nothing"
-    return f"a claim tests {name!r}, which no run has{why}. Measured were: {measured}"
+    return "not measured" + (f"; perhaps {reasons[0]}" if reasons else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from nextn.report.study.compare import compare
 from nextn.report.study.jobs import Job
 from nextn.report.study.ladder import reach_targets
 from nextn.report.study.measuring import RunMeasures
+from nextn.report.study.plan import recipe_as_begun
 from nextn.report.study.results import Comparison, CurvePoint, RunResult, SettingFacts, StudyResult
 from nextn.report.study.settings import LoadedStudy, Setting
 from nextn.report.study.speeds import Speeds
@@ -40,7 +42,8 @@ def collect_result(
     Raises CheckpointError when a run's files are damaged.
     """
     study = loaded.study
-    runs = tuple(_run_result(job, recipes[job.run.setting], speeds) for job in jobs)
+    whole = [job for job in jobs if job.divergence() is None]
+    runs = tuple(_run_result(job, recipes[job.run.setting], speeds) for job in whole)
     runs = tuple(_with_draft_model(run, loaded, runs) for run in runs)
     comparisons = _comparisons(loaded, recipes, runs, speeds)
     return StudyResult(
@@ -50,25 +53,28 @@ def collect_result(
         scale=loaded.scale,
         baseline=loaded.baseline.name,
         seeds=study.seeds,
-        settings=tuple(
-            SettingFacts(given.name, dict(flattened(given.changes)), given.against, _mean_step_s(given.name, runs))
-            for given in loaded.settings
-        ),
+        settings=tuple(_facts(given, recipes[given.name], speeds) for given in loaded.settings),
         runs=runs,
         comparisons=comparisons,
         targets=reach_targets(runs, study.target_losses),
         claims=tuple(judge(claim, comparisons, loaded.baseline.name) for claim in study.claims),
-        notes=_notes(loaded, runs),
+        notes=(*_notes(loaded, recipes), *_warnings(jobs)),
         base_recipe=to_table(loaded.recipes[loaded.baseline.name]),
         measure=to_table(study.measure),
-        provenance=collect(seed=study.seeds[0], corpus=corpora),
+        provenance=_provenance(whole, corpora),
     )
+
+
+def _facts(given: Setting, recipe: Recipe, speeds: Speeds) -> SettingFacts:
+    changes = dict(flattened(given.changes))
+    return SettingFacts(given.name, changes, given.against, speeds.mean_step_s(given.name, recipe))
 
 
 def _run_result(job: Job, recipe: Recipe, speeds: Speeds) -> RunResult:
     """One run from its files; `recipe` is its setting's, vocabulary size filled in."""
     run = job.run
     recipe = replace(recipe, training=run.recipe.training)
+    recipe_as_begun(recipe, job.folder)
     measured = _measures(job.request.measures)
     curve = _curve(job.folder / "metrics.jsonl", recipe, run.setting, speeds)
     if run.ladder is not None:
@@ -79,10 +85,20 @@ def _run_result(job: Job, recipe: Recipe, speeds: Speeds) -> RunResult:
             "training_tok_per_s": end.num_tokens / end.training_s,
             "training_flops": end.flops,
             "peak_memory_bytes": float(_table(job.folder / TRAINED)["peak_memory_bytes"]),
+            **_expert_loads(job.folder / "metrics.jsonl"),
         }
     return RunResult(
         run.id, run.setting, run.seed, run.ladder, curve, values, measured.loss_by_position, measured.num_by_position
     )
+
+
+def _expert_loads(metrics: Path) -> dict[str, float]:
+    """Load of the busiest expert relative to the mean at the end of a run, mean over layers; empty without experts."""
+    last = [record for record in read_metrics(metrics) if record["kind"] == "train"][-1]
+    loads: dict[str, list[float]] = {}
+    for layer, load in last["expert_load_max_over_mean"].items():
+        loads.setdefault("expert_load_mtp" if layer.startswith("scheme.") else "expert_load_trunk", []).append(load)
+    return {name: statistics.fmean(values) for name, values in loads.items()}
 
 
 def _measures(path: str | None) -> RunMeasures:
@@ -103,8 +119,7 @@ def _table(path: str | Path | None) -> dict[str, Any]:
 def _curve(metrics: Path, recipe: Recipe, setting: str, speeds: Speeds) -> tuple[CurvePoint, ...]:
     """The evaluations of a run, with what its training had cost by then."""
     training, objective, num_depths = recipe.training, recipe.objective, recipe.mtp.num_depths
-    length = (recipe.data.sequence_length, training.batch_size, training.num_steps)
-    flops = training_flops(recipe.model, recipe.mtp, objective, *length)
+    flops = _training_flops(recipe)
     num_tokens = training.batch_size * recipe.data.sequence_length
     moments = (Progress(step, step * num_tokens, training.num_steps) for step in range(training.num_steps))
     step_s = (speeds.step_s(setting, active_depths(objective, num_depths, moment)) for moment in moments)
@@ -152,7 +167,7 @@ def _comparisons(
     comparisons: dict[str, list[Comparison]] = {given.name: [] for given in loaded.settings}
     for baseline in dict.fromkeys([loaded.baseline.name, *baselines.values()]):
         members = [name for name, against in baselines.items() if against == baseline and name != baseline]
-        overheads = _overheads(loaded, baseline, members, recipes, runs, speeds)
+        overheads = _overheads(loaded, baseline, members, recipes, speeds)
         group = [run for run in runs if run.setting in (baseline, *members)]
         is_compared = bool(comparisons[baseline])  # with the study's own baseline
         for comparison in compare(group, baseline, loaded.study.seeds, overheads):
@@ -166,20 +181,21 @@ def _overheads(
     baseline: str,
     members: Sequence[str],
     recipes: Mapping[str, Recipe],
-    runs: Sequence[RunResult],
     speeds: Speeds,
 ) -> dict[str, dict[str, tuple[float, ...]]]:
     """Samples of the overheads of some settings over one of them. A draft model's cost is its target's too.
 
     FLOPs are exact, so their two samples are equal.
     """
-    ends = {run.setting: run.curve[-1] for run in runs if run.ladder is None}
-    flops = {name: end.flops / end.step for name, end in ends.items()}
+    flops = {name: _flops_per_step(loaded, recipes, name) for name in (baseline, *members)}
 
     def relative_times(name: str) -> list[float]:
         times = [1 + overhead for overhead in speeds.overheads(name, recipes[name])]
         draft = _setting(loaded, name).draft_model
-        return [a + b for a, b in zip(times, relative_times(draft), strict=True)] if draft else times
+        if not draft:
+            return times
+        share = recipes[draft].training.num_steps / recipes[name].training.num_steps
+        return [a + share * b for a, b in zip(times, relative_times(draft), strict=True)]
 
     own = relative_times(baseline)
     return {
@@ -194,20 +210,35 @@ def _setting(loaded: LoadedStudy, name: str) -> Setting:
     return next(given for given in loaded.settings if given.name == name)
 
 
-def _mean_step_s(name: str, runs: Sequence[RunResult]) -> float:
-    return statistics.fmean(
-        run.curve[-1].training_s / run.curve[-1].step for run in runs if run.setting == name and run.ladder is None
-    )
+def _flops_per_step(loaded: LoadedStudy, recipes: Mapping[str, Recipe], name: str) -> float:
+    """Mean over a setting's run, its draft model's training included."""
+    recipe, draft = recipes[name], _setting(loaded, name).draft_model
+    flops = _training_flops(recipe)[-1] + (_training_flops(recipes[draft])[-1] if draft else 0)
+    return flops / recipe.training.num_steps
 
 
-def _notes(loaded: LoadedStudy, runs: Sequence[RunResult]) -> tuple[str, ...]:
+def _training_flops(recipe: Recipe) -> list[float]:
+    """FLOPs of a run after every step."""
+    training = recipe.training
+    length = (recipe.data.sequence_length, training.batch_size, training.num_steps)
+    return training_flops(recipe.model, recipe.mtp, recipe.objective, *length)
+
+
+def _notes(loaded: LoadedStudy, recipes: Mapping[str, Recipe]) -> tuple[str, ...]:
     """What a reader must know to judge the figures."""
     study = loaded.study
     notes = [
         f"{len(study.seeds)} seeds. A setting is compared with the baseline's run of the same seed, which begins with "
         "the same weights of the trunk and reads the same text in the same order; intervals are 95%, by Student's t.",
-        "Times are those of training steps measured in turn with the baseline's on one machine, not the runs' own.",
+        "Times are those of training steps measured in turn with the baseline's on one machine, not the runs' own. "
+        "Their scatter is in the interval of the time overhead, not in that of effective speedup.",
+        "Every interval stands for itself: of twenty settings that change nothing, one will look resolved.",
     ]
+    baseline = recipes[loaded.baseline.name]
+    if others := [name for name, recipe in recipes.items() if _num_tokens(recipe) != _num_tokens(baseline)]:
+        notes.append(f"Not trained on as many tokens as the baseline: {', '.join(others)}.")
+    if others := [name for name, recipe in recipes.items() if recipe.model != baseline.model]:
+        notes.append(f"Whose trunk differs from the baseline's, so that seeds give other weights: {', '.join(others)}.")
     if len(study.seeds) < 3:
         notes.append("Fewer than three seeds: intervals are very wide, and most differences cannot be resolved.")
     if study.ladder:
@@ -222,3 +253,33 @@ def _notes(loaded: LoadedStudy, runs: Sequence[RunResult]) -> tuple[str, ...]:
             "whole run."
         )
     return tuple(notes)
+
+
+def _num_tokens(recipe: Recipe) -> int:
+    return recipe.training.num_steps * recipe.training.batch_size * recipe.data.sequence_length
+
+
+def _warnings(jobs: Sequence[Job]) -> list[str]:
+    """Runs that are missing, and runs that were not trained alike."""
+    lost = {(job.run.setting, job.run.seed): message for job in jobs if (message := job.divergence()) is not None}
+    warnings = [f"Left out: {setting}, seed {seed}: {message}" for (setting, seed), message in lost.items()]
+    machines = {json.dumps(_machine(job), sort_keys=True) for job in jobs if job.divergence() is None}
+    if len(machines) > 1:
+        warnings.append("Warning: not all runs were trained on the same hardware: " + " and ".join(sorted(machines)))
+    return warnings
+
+
+def _machine(job: Job) -> dict[str, Any]:
+    """Processor and device that a run was trained on."""
+    machine = _table(job.folder / "provenance.json")["machine"]
+    return {"cpu": machine["cpu"], "device": machine["device"]}
+
+
+def _provenance(jobs: Sequence[Job], corpora: Mapping[str, Any]) -> dict[str, Any]:
+    """Of this result, and of the runs that it rests on."""
+    trained = [_table(job.folder / "provenance.json") for job in jobs]
+    commits = sorted({str(run["nextn"]["commit"]) for run in trained})
+    first = trained[0]["machine"] if trained else {}
+    return collect(seed=jobs[0].run.seed if jobs else 0, corpus=corpora) | {
+        "trained_with": {"commits": commits, "machine": first, "num_runs": len(trained)}
+    }

@@ -39,16 +39,19 @@ def compare(
     by_seed = _values_by_seed(runs, baseline, seeds)
     comparisons = []
     for setting in dict.fromkeys([baseline, *(run.setting for run in runs)]):
+        num_seeds = len({run.seed for run in runs if run.setting == setting and run.ladder is None})
         found = []
         for (owner, name), values in by_seed.items():
             if owner == setting:
                 baselines = by_seed.get((baseline, name), {})
                 differences = [value - baselines[seed] for seed, value in values.items() if seed in baselines]
-                found.append(_comparison(setting, name, list(values.values()), tuple(values), differences, baseline))
+                found.append(
+                    _comparison(setting, name, list(values.values()), tuple(values), differences, baseline, num_seeds)
+                )
         for name, samples in overheads.items():
             nothing = [0.0] * min(map(len, samples.values()), default=0) if setting == baseline else []
             if turns := samples.get(setting, nothing):
-                found.append(_comparison(setting, name, turns, (), [], baseline))
+                found.append(_comparison(setting, name, turns, (), [], baseline, len(turns)))
         comparisons += sorted(found, key=lambda comparison: _order(comparison.measure))
     return tuple(comparisons)
 
@@ -143,12 +146,15 @@ def _comparison(
     seeds: tuple[int, ...],
     differences: Sequence[float],
     baseline: str,
+    num_expected: int,
 ) -> Comparison:
     measure, value = known_measure(name), estimate(values)
     difference = resolved = None
-    if setting != baseline and measure.pair:
-        resolved = excludes(value, _equal(measure))
-    elif setting != baseline and differences:
+    if setting == baseline or measure.better is None:
+        pass
+    elif measure.pair:  # where a seed lacks it, beyond the ladder's reach say, the others are no fair sample
+        resolved = len(values) == num_expected and excludes(value, _equal(measure))
+    elif differences:
         difference = estimate(differences)
         resolved = excludes(difference, 0)
     return Comparison(setting, name, tuple(values), seeds, value, difference, resolved)

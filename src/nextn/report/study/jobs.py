@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from nextn.errors import StudyError
+from nextn.checkpoint import make_folder, read_json
+from nextn.errors import ConfigError, StudyError
 from nextn.report.study.plan import PlannedRun
-from nextn.report.study.worker import Request, is_trained, write_request
+from nextn.report.study.worker import DIVERGED, Request, is_trained, write_request
 from nextn.training import read_metrics
 
 POLL_S = 0.5
@@ -42,7 +45,15 @@ class Job:
     def is_done(self) -> bool:
         """True iff nothing is left to do."""
         measures = self.request.measures
-        return is_trained(self.folder) and (measures is None or Path(measures).exists())
+        is_measured = measures is None or Path(measures).exists()
+        return self.divergence() is not None or (is_trained(self.folder) and is_measured)
+
+    def divergence(self) -> str | None:
+        """How its training failed, or that of its draft model; None: it did not."""
+        for folder in (self.folder, Path(self.request.draft_model or self.folder)):
+            if (folder / DIVERGED).exists():
+                return str(read_json(folder / DIVERGED)["message"])
+        return None
 
     def share_done(self) -> float:
         """How much of the training is done, 0..1."""
@@ -71,7 +82,7 @@ class Worker:
 
     def __init__(self, job: Job, device: str, num_threads: int | None) -> None:
         self.job, self.device = job, device
-        job.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(job.folder)
         write_request(replace(job.request, num_threads=num_threads), job.folder / REQUEST)
         with (job.folder / LOG).open("ab") as log:
             self.process = subprocess.Popen(
@@ -84,6 +95,25 @@ class Worker:
         """End the process; what it has saved stays."""
         self.process.kill()
         self.process.wait()
+
+
+def checked_devices(text: str) -> list[str]:
+    """The devices of a comma-separated list.
+
+    Raises:
+        ConfigError: one of them is not auto, cpu, cuda or cuda:N, or they are of two kinds.
+
+    >>> checked_devices("cuda:0, cuda:1")
+    ['cuda:0', 'cuda:1']
+    """
+    devices = [device.strip() for device in text.split(",")]
+    if wrong := [device for device in devices if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device)]:
+        raise ConfigError(f"--devices takes auto, cpu, cuda or cuda:N, separated by commas, got {wrong[0]!r}")
+    if len({device.partition(":")[0] for device in devices}) > 1:
+        raise ConfigError(
+            f"--devices {text}: runs that are compared must be trained on one kind of device; name CPUs or GPUs alone"
+        )
+    return devices
 
 
 def run_jobs(jobs: Sequence[Job], devices: Sequence[str], progress: Progress) -> None:
@@ -127,8 +157,13 @@ def _environment(device: str, num_threads: int | None) -> dict[str, str]:
     >>> _environment("cuda:1", None), _environment("cpu", 2)
     ({'CUDA_VISIBLE_DEVICES': '1'}, {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '2'})
     """
-    kind, _, index = device.partition(":")
-    visible = {} if kind == "auto" or (kind == "cuda" and not index) else {"CUDA_VISIBLE_DEVICES": index}
+    visible: dict[str, str] = {}
+    if device == "cpu":
+        visible = {"CUDA_VISIBLE_DEVICES": ""}
+    elif device.startswith("cuda:"):
+        index = int(device.removeprefix("cuda:"))
+        allowed = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        visible = {"CUDA_VISIBLE_DEVICES": allowed[index] if index < len(allowed) and allowed[index] else str(index)}
     return visible | ({} if num_threads is None else {"OMP_NUM_THREADS": str(num_threads)})
 
 
@@ -150,7 +185,10 @@ def _failure(worker: Worker) -> StudyError:
     log = worker.job.folder / LOG
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     run = worker.job.run
-    said = lines[-1].removeprefix("error: ") if lines else f"exit code {worker.process.returncode}"
+    code = worker.process.returncode
+    said = lines[-1].removeprefix("error: ") if lines and code > 0 else f"its process ended with code {code}"
+    if code < 0:
+        said = f"its process was ended by {signal.Signals(-code).name}; if that was for lack of memory, lower the batch"
     return StudyError(
         f"the run of {run.setting!r} with seed {run.seed} failed: {said} (all of it: {log}). Finished runs are kept: "
         "once the cause is mended, the same command goes on"

@@ -10,10 +10,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from nextn.config import Recipe
+from nextn.errors import CheckpointError
 from nextn.report.study.settings import LoadedStudy
 from nextn.tables import flattened, to_table
+from nextn.training import read_recipe
 
 WITHOUT_EFFECT = ("training.device", "training.tensorboard", "training.log_every", "training.num_kept_checkpoints")
 """Settings that do not change what a run gives; `device` changes its rounding."""
@@ -60,8 +63,8 @@ def plan_runs(loaded: LoadedStudy, corpus_sha256: Mapping[str, str]) -> list[Pla
 def run_id(recipe: Recipe, corpus_sha256: str) -> str:
     """16 hexadecimal digits that stand for a run's settings and text.
 
-    Settings at their default are left out, so that a version that adds one still finds older runs; `Trainer` refuses to
-    go on with a run whose full settings differ.
+    Settings at their default are left out, so that a version that adds one still finds older runs; `recipe_as_begun`
+    refuses a run whose full settings differ.
 
     >>> from nextn.config import MTPConfig, TrainingConfig
     >>> plain = run_id(Recipe(), "0" * 64)
@@ -78,6 +81,30 @@ def run_id(recipe: Recipe, corpus_sha256: str) -> str:
     }
     text = json.dumps({"settings": changed, "text": corpus_sha256}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def recipe_as_begun(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe that the run in a folder was begun with; `recipe` itself where none was.
+
+    Args:
+        recipe: what the run is to be, vocabulary size filled in.
+        folder: of the run.
+
+    Raises:
+        CheckpointError: they differ in more than `WITHOUT_EFFECT`: the run is of a version with other defaults.
+    """
+    path = folder / "recipe.json"
+    if not path.exists():
+        return recipe
+    begun = read_recipe(path)
+    old, new = (dict(flattened(to_table(one))) for one in (begun, recipe))
+    if differing := [name for name in new if old[name] != new[name] and name not in WITHOUT_EFFECT]:
+        listed = ", ".join(f"{name} (there {old[name]!r}, now {new[name]!r})" for name in differing)
+        raise CheckpointError(
+            f"{folder} holds a run with other settings, made by another version of nextn: {listed}. Delete or rename "
+            "the folder, and the same command trains the run again"
+        )
+    return begun
 
 
 def _with_seed(recipe: Recipe, seed: int) -> Recipe:

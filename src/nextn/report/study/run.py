@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nextn.checkpoint import make_folder
 from nextn.config import DataConfig, Recipe
+from nextn.errors import StudyError
 from nextn.report.study.collect import collect_result
 from nextn.report.study.jobs import Job, Progress, run_jobs
 from nextn.report.study.plan import PlannedRun, plan_runs
 from nextn.report.study.results import StudyResult
 from nextn.report.study.settings import LoadedStudy, MeasureConfig
-from nextn.report.study.speeds import Speeds, measure_speeds, phases_of
+from nextn.report.study.speeds import Speeds, measure_speeds
 from nextn.report.study.worker import Request
 from nextn.tables import to_table
 from nextn.training import PreparedData, fit_vocabulary, prepare_data
 
-TRAINED, SPEEDS = "trained", "speeds.json"
-"""In a folder of studies: all trained runs by id, and step times on this machine."""
+RUNS, SPEEDS, LOCK = "trained", "speeds.json", ".lock"
+"""In a folder of studies: all runs by id, step times on this machine, and what keeps a second study out."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,28 @@ class StudyPlan:
         return tuple(job for job in self.jobs if not job.is_done())
 
 
-def plan_study(loaded: LoadedStudy, folder: Path, say: Callable[[str], None]) -> StudyPlan:
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else runs a study in this folder meanwhile. Raises StudyError if somebody does."""
+    make_folder(folder)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StudyError(
+                f"another study is running in {folder}; studies share runs, so wait for it, or name another folder "
+                "with --out"
+            ) from None
+        yield
+
+
+def plan_study(loaded: LoadedStudy, folder: Path, device: str, say: Callable[[str], None]) -> StudyPlan:
     """Read the texts, time the steps that have not been timed on this machine, and list the jobs.
 
     Args:
         loaded: the study.
         folder: of all studies, which share trained runs.
+        device: where steps are timed.
         say: told what begins.
 
     Raises:
@@ -68,7 +88,7 @@ def plan_study(loaded: LoadedStudy, folder: Path, say: Callable[[str], None]) ->
         return prepared[recipe.data]
 
     recipes = {name: fit_vocabulary(recipe, data_of(recipe).tokenizer) for name, recipe in loaded.recipes.items()}
-    speeds = measure_speeds(loaded.baseline.name, recipes, data_of, folder / SPEEDS, say)
+    speeds = measure_speeds(loaded.baseline.name, recipes, data_of, device, folder / SPEEDS, say)
     texts = {name: data_of(recipe).corpus for name, recipe in recipes.items()}
     runs = plan_runs(loaded, {name: text.sha256 for name, text in texts.items()})
     jobs = tuple(_job(run, runs, loaded, folder, speeds, recipes[run.setting]) for run in runs)
@@ -99,11 +119,11 @@ def _job(
     draft_model = None
     if given.draft_model and run.ladder is None:
         draft_id = next(other.id for other in runs if (other.setting, other.seed) == (given.draft_model, run.seed))
-        draft_model = str(folder / TRAINED / draft_id)
-    run_folder = folder / TRAINED / run.id
+        draft_model = str(folder / RUNS / draft_id)
+    run_folder = folder / RUNS / run.id
     measures = run_folder / f"measures-{measure_id(measure, draft_model)}.json"
     request = Request(run.recipe, str(run_folder), str(measures), measure, draft_model)
-    return Job(run, request, _training_s(recipe, run, speeds))
+    return Job(run, request, speeds.mean_step_s(run.setting, recipe) * run.recipe.training.num_steps)
 
 
 def _losses_only(measure: MeasureConfig) -> MeasureConfig:
@@ -118,9 +138,3 @@ def measure_id(measure: MeasureConfig, draft_model: str | None) -> str:
     if draft_model is not None:
         changed["draft_model"] = Path(draft_model).name
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _training_s(recipe: Recipe, run: PlannedRun, speeds: Speeds) -> float:
-    num_steps = run.recipe.training.num_steps
-    seconds = sum(count * speeds.step_s(run.setting, depths) for depths, count in phases_of(recipe))
-    return seconds * num_steps / recipe.training.num_steps

@@ -180,6 +180,11 @@ def load_study(path: str | Path, scale: str = "cpu", overrides: Sequence[str] = 
     _check_names(study, settings, baseline, path)
     if len(set(study.seeds)) < len(study.seeds) or not study.seeds:
         raise ConfigError(f"{path}: seeds must be different numbers, at least one, got {list(study.seeds)}")
+    if any(not multiple > 0 for multiple in study.ladder):
+        raise ConfigError(f"{path}: ladder holds multiples of the baseline's steps, above 0, got {list(study.ladder)}")
+    drafting = {given.draft_model for given in settings}
+    if chained := [given.name for given in settings if given.draft_model and given.name in drafting]:
+        raise ConfigError(f"{path}: {chained[0]!r} drafts for another setting, so it can have no draft_model itself")
     base = _base_table(path, study.base, scale, overrides)
     settings.sort(key=lambda given: given.name != baseline)
     recipes = {given.name: _recipe(base, given, study.seeds[0], path) for given in settings}
@@ -256,9 +261,14 @@ def _check_names(study: Study, settings: Sequence[Setting], baseline: str, path:
         if not claim.tests:
             raise ConfigError(f"{path}: the claim {claim.text!r} has no tests; add tests = [{{ measure = ..., ... }}]")
     for test in tests:
+        measure = measure_of(test.measure)
+        if measure is not None and measure.better is None and (test.best or test.against_baseline):
+            raise ConfigError(
+                f"{path}: {test.measure!r} is shown, not compared, so no claim can compare settings in it"
+            )
         if test.against_baseline and test.setting == baseline:
             raise ConfigError(f"{path}: a claim about {test.measure!r} sets the baseline {baseline!r} against itself")
-        if measure_of(test.measure) is None:
+        if measure is None:
             nearest = difflib.get_close_matches(test.measure, MEASURES, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ConfigError(f"{path}: a claim tests the unknown measure {test.measure!r}{hint}")

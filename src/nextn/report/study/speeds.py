@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,11 @@ class Speeds:
         times = self.times.get((setting, depths))
         return self.baseline_s if times is None else self.baseline_s * statistics.median(times.ratios)
 
+    def mean_step_s(self, setting: str, recipe: Recipe) -> float:
+        """The same, averaged over the phases of a run."""
+        seconds = sum(self.step_s(setting, depths) * num_steps for depths, num_steps in phases_of(recipe))
+        return seconds / recipe.training.num_steps
+
     def overheads(self, setting: str, recipe: Recipe) -> tuple[float, ...]:
         """Extra time relative to the baseline, one figure per turn, averaged over the phases of a run."""
         sums = [0.0] * NUM_TURNS
@@ -101,6 +106,7 @@ def measure_speeds(
     baseline: str,
     recipes: Mapping[str, Recipe],
     data_of: Callable[[Recipe], PreparedData],
+    device: str,
     path: Path,
     say: Callable[[str], None],
 ) -> Speeds:
@@ -110,21 +116,24 @@ def measure_speeds(
         baseline: name of the setting that others are timed beside.
         recipes: by setting.
         data_of: a recipe's text.
+        device: where; `auto` is where the recipe's `training.device` says.
         path: where measured times are kept.
         say: told what is being timed.
 
     Raises:
         StudyError: a setting cannot be trained, not even for a few steps.
     """
-    device = resolve_device(recipes[baseline].training.device)
-    file = SpeedFile.read(path, device)
+    if device != "auto":
+        recipes = {n: replace(one, training=replace(one.training, device=device)) for n, one in recipes.items()}
+    place = resolve_device(recipes[baseline].training.device)
+    file = SpeedFile.read(path, place)
     baseline_id = run_id(recipes[baseline], "")
     variants = {
         (name, depths): with_depths_on(recipe, depths) if recipe.mtp.num_depths else recipe
         for name, recipe in recipes.items()
         for depths, _ in phases_of(recipe)
     }
-    different = {place: variant for place, variant in variants.items() if run_id(variant, "") != baseline_id}
+    different = {which: variant for which, variant in variants.items() if run_id(variant, "") != baseline_id}
     times = {}
     for (name, depths), variant in (different or variants).items():
         key = f"{baseline_id}/{run_id(variant, '')}"
@@ -135,8 +144,10 @@ def measure_speeds(
                 file.pairs[key] = _timed_pair(recipes[baseline], variant, data_of)
             except NextnError as error:
                 raise StudyError(f"timing the steps of {name!r} failed: {error}") from None
-            file.write(device)
+            file.write(place)
         times[name, depths] = file.pairs[key]
+    if place.type == "cuda":
+        torch.cuda.empty_cache()  # for the workers
     baseline_s = [seconds for pair in times.values() for seconds in pair.baseline_s]
     return Speeds(times, statistics.median(baseline_s))
 

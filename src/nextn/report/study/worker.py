@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import sys
 import threading
 from dataclasses import dataclass
@@ -20,17 +21,18 @@ from rich.console import Console
 
 from nextn.checkpoint import list_checkpoints, read_json, write_json
 from nextn.config import Recipe
-from nextn.errors import NextnError
+from nextn.errors import DivergenceError, NextnError
 from nextn.model.device import resolve_device
 from nextn.mtp import load_model
 from nextn.report.provenance import collect
 from nextn.report.study.measuring import measure_run
+from nextn.report.study.plan import recipe_as_begun
 from nextn.report.study.settings import MeasureConfig
 from nextn.tables import from_table, to_table
 from nextn.training import PreparedData, Trainer, fit_vocabulary, new_model, prepare_data
 
-TRAINED = "trained.json"
-"""In a run's folder once its training is done: what only the process that trained it could know."""
+TRAINED, DIVERGED = "trained.json", "diverged.json"
+"""In a run's folder once its training is over: what only the process that trained it could know, or how it failed."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,14 @@ def work(request: Request) -> None:
     if request.num_threads is not None:
         torch.set_num_threads(request.num_threads)
     data = prepare_data(request.recipe.data)
-    recipe = fit_vocabulary(request.recipe, data.tokenizer)
     folder = Path(request.folder)
+    recipe = recipe_as_begun(fit_vocabulary(request.recipe, data.tokenizer), folder)
     if not is_trained(folder):
-        _train(recipe, data, folder)
+        try:
+            _train(recipe, data, folder)
+        except DivergenceError as error:
+            write_json(folder / DIVERGED, {"message": str(error)})
+            return
     if request.measures is not None and not Path(request.measures).exists():
         device = resolve_device(recipe.training.device)
         model = load_model(list_checkpoints(folder)[-1], device=str(device))
@@ -92,14 +98,18 @@ def _train(recipe: Recipe, data: PreparedData, folder: Path) -> None:
     )
     trainer.train(resume=(folder / "recipe.json").exists())
     write_json(folder / TRAINED, {"peak_memory_bytes": _peak_memory_bytes(device)})
+    shutil.rmtree(list_checkpoints(folder)[-1] / "training_state")  # only a resumed training needs it
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
     """Of this process so far: of the GPU it trained on, or of main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: the other figure begins at that of the process that started this one
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _end_with_parent() -> None:
