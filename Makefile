@@ -8,7 +8,7 @@ STAMP_DEV := $(VENV)/.installed-dev
 # torch comes first and alone: under a constraint that names it exactly, pip takes the build this machine offers.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-slow engines test-engines check format benchmark studies-small clean
+.PHONY: help demo test test-slow engines test-engines check format benchmark studies studies-small clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,13 @@ benchmark: $(STAMP_RUN)  ## Cost of a training step: ours beside transformers, K
 
 studies-small: $(STAMP_RUN)  ## The claims page from runs too short to believe (ten minutes): runs/studies/claims-small/study.html.
 	$(BIN)/nextn study recipes/studies/claims.toml --scale small --devices cpu,cpu
+
+STUDIES ?= $(filter-out base-%,$(notdir $(basename $(wildcard recipes/studies/*.toml))))
+studies: $(STAMP_RUN)  ## All studies at their CPU size (many hours, goes on after a kill), pages and tables into docs/studies.
+	@set -e; for study in $(STUDIES); do \
+	  $(BIN)/nextn study recipes/studies/$$study.toml --devices cpu,cpu; \
+	  for kind in html json csv; do cp runs/studies/$$study-cpu/study.$$kind docs/studies/$$study.$$kind; done; \
+	done
 
 clean:  ## Remove the virtual environment and caches; runs stay.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build src/*.egg-info

@@ -116,6 +116,11 @@ def _predicted_s(job: Job) -> float:
     return job.predicted_s * (1 - job.share_done()) + MEASURING_S[is_decoded]
 
 
+def _state(job: Job) -> str:
+    share = job.share_done()
+    return "measuring" if share == 1 else f"{share:.0%}"
+
+
 class StudyProgress:
     """Runs done, what runs now, and the time left; a context manager. The first runs done correct the estimate."""
 
@@ -135,7 +140,7 @@ class StudyProgress:
         done_s, elapsed_s = self._predicted_s - left_s, time.perf_counter() - self._started
         pace = elapsed_s / done_s if done_s > 0.05 * self._predicted_s else 1 / self._num_parallel
         num_done = len(self._jobs) - len(self._todo)
-        now = "; ".join(f"{job.run.setting}, seed {job.run.seed}: {job.share_done():.0%}" for job in running)
+        now = "; ".join(f"{job.run.setting}, seed {job.run.seed}: {_state(job)}" for job in running)
         text = f"{num_done}/{len(self._jobs)} runs, about {duration(left_s * pace)} left  {now}"
         if self._bar is not None:
             self._bar.update(self._task, completed=done_s, description=text)
