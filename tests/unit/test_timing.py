@@ -57,7 +57,7 @@ RECIPES = {"a": recipe_with(training={"seed": 1}), "b": recipe_with(training={"s
 def check_turns(machine: Machine, time_them: Callable[..., dict[str, list[float]]]) -> None:
     seconds = time_them(RECIPES, DATA, 3)
     assert seconds == {"a": pytest.approx([1.1, 2.1, 3.1]), "b": pytest.approx([1.2, 2.2, 3.2])}
-    assert machine.steps == [1, 1, 1, 2, 2, 2] * 4, "steps of both in turn"
+    assert machine.steps == [1, 1, 1, 2, 2, 2, 2, 2, 2, 1, 1, 1] * 2, "steps of both in turn, none always first"
 
 
 def test_recipes_take_turns_and_an_entry_of_every_list_is_of_the_same_turn(machine: Machine):
