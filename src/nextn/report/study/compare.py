@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from nextn.errors import ConfigError
 from nextn.report.study.intervals import estimate, excludes
 from nextn.report.study.ladder import LADDER_MEASURES, pair_values
-from nextn.report.study.measures import MEASURES, Measure, measure_of
+from nextn.report.study.measures import MEASURES, Measure, measure_of, measures_in
 from nextn.report.study.results import Comparison, Estimate, RunResult
 
 _SIZES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
@@ -52,7 +52,8 @@ def compare(
             nothing = [0.0] * min(map(len, samples.values()), default=0) if setting == baseline else []
             if turns := samples.get(setting, nothing):
                 found.append(_comparison(setting, name, turns, (), [], baseline, len(turns)))
-        comparisons += sorted(found, key=lambda comparison: _order(comparison.measure))
+        by_measure = {comparison.measure: comparison for comparison in found}
+        comparisons += [by_measure[name] for name in measures_in(by_measure)]
     return tuple(comparisons)
 
 
@@ -163,15 +164,6 @@ def _comparison(
 def _equal(measure: Measure) -> float:
     """Value of a pair measure for a setting that does as the baseline does."""
     return 1.0 if measure.form == "ratio" else 0.0
-
-
-def _order(name: str) -> tuple[int, int, str]:
-    """Sorts names of measures as `MEASURES` does, then by depth; tasks come last."""
-    names = list(MEASURES)
-    if name in MEASURES:
-        return names.index(name), 0, name
-    stem, _, depth = name.rpartition("_")
-    return (names.index(stem), int(depth), name) if stem in MEASURES else (len(names), 0, name)
 
 
 def _count(value: float) -> str:

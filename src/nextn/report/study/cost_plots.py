@@ -13,13 +13,12 @@ from nextn.report.study.drawing import (
     Plot,
     draw_interval,
     figure_with_legend,
-    other_settings,
     runs_by_setting,
     style_of,
     time_unit,
 )
 from nextn.report.study.results import StudyResult
-from nextn.report.study.tables import comparisons_of
+from nextn.report.study.tables import comparisons_of, other_settings
 
 
 @styled

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from nextn.report.html import plain
 from nextn.report.plots import HEIGHT, INK, NUM_ARM_COLOURS, arm_colour, blank_figure
 from nextn.report.study.results import Estimate, RunResult, StudyResult
+from nextn.report.study.tables import other_settings
 
 DASH = (0, (2, 2))
 """Line style of what is no setting's own."""
@@ -66,11 +67,6 @@ def runs_by_setting(result: StudyResult) -> dict[str, list[RunResult]]:
         if own := [run for run in result.runs if run.setting == facts.name and run.ladder is None]:
             runs[facts.name] = own
     return runs
-
-
-def other_settings(result: StudyResult) -> list[str]:
-    """All settings but the baseline, in the study's order."""
-    return [facts.name for facts in result.settings if facts.name != result.baseline]
 
 
 def style_of(result: StudyResult, setting: str) -> Style:

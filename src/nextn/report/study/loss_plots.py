@@ -16,21 +16,23 @@ from nextn.report.study.drawing import (
     draw_interval,
     figure_with_legend,
     name_rows,
-    other_settings,
     runs_by_setting,
     style_of,
     time_unit,
 )
 from nextn.report.study.intervals import estimate, excludes
 from nextn.report.study.results import CurvePoint, Estimate, StudyResult
-from nextn.report.study.tables import against_baseline, baseline_of, comparisons_of, difference_text
+from nextn.report.study.tables import (
+    EQUALS,
+    against_baseline,
+    baseline_of,
+    comparisons_of,
+    difference_text,
+    other_settings,
+)
 
 _NUM_EIGHTHS = 8
-_EQUALS = {
-    "loss": ("equal tokens", "o"),
-    "loss_at_equal_flops": ("equal FLOPs", "s"),
-    "loss_at_equal_time": ("equal time", "D"),
-}  # measure: (what is equal, marker)
+_MARKERS = dict(zip(EQUALS, "osD", strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------------- curves
@@ -106,8 +108,8 @@ def _curves(result: StudyResult) -> dict[str, list[list[CurvePoint]]]:
 def differences_plot(result: StudyResult) -> Plot | None:
     """Forest plot: the loss less the baseline's with 95% intervals, at equal tokens, FLOPs and time."""
     found = comparisons_of(result)
-    settings = [name for name in other_settings(result) if any((name, measure) in found for measure in _EQUALS)]
-    measures = [measure for measure in _EQUALS if any((name, measure) in found for name in settings)]
+    settings = [name for name in other_settings(result) if any((name, measure) in found for measure in EQUALS)]
+    measures = [measure for measure in EQUALS if any((name, measure) in found for name in settings)]
     if not settings:
         return None
     figure, axes = new_figure(max(HEIGHT, 90 + (16 * len(measures) + 12) * len(settings)))
@@ -118,17 +120,16 @@ def differences_plot(result: StudyResult) -> Plot | None:
             difference = None if comparison is None else against_baseline(comparison)
             if comparison is None or difference is None:
                 continue
-            equal, marker = _EQUALS[measure]
             place = row + 0.7 * ((index + 0.5) / len(measures) - 0.5)
-            style = Style(style_of(result, setting).colour, marker)
+            style = Style(style_of(result, setting).colour, _MARKERS[measure])
             draw_interval(axes, difference, place, style, filled=comparison.resolved is True)
-            texts.append(f"{setting} at {equal} {difference_text(comparison, len(result.seeds))}")
+            texts.append(f"{setting} at {EQUALS[measure]} {difference_text(comparison, len(result.seeds))}")
     name_rows(axes, settings)
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_xlabel("loss less the baseline's (nats per token)")
     keys = [
-        Line2D([], [], color=MUTED, marker=marker, linestyle="", label=equal)
-        for equal, marker in (_EQUALS[measure] for measure in measures)
+        Line2D([], [], color=MUTED, marker=_MARKERS[measure], linestyle="", label=EQUALS[measure])
+        for measure in measures
     ]
     figure.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False, fontsize=11)
     words = (

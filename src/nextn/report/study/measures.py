@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,3 +120,19 @@ def measure_of(name: str) -> Measure | None:
         return MEASURES[stem]
     found = MEASURES.get(name)
     return None if found is None or found.per_depth else found
+
+
+def measures_in(names: Iterable[str]) -> list[str]:
+    """Names without repeats in the order of `MEASURES`: depths one after the other, tasks at the end, by name.
+
+    >>> measures_in(["task/x/acc", "acceptance_greedy_2", "loss", "acceptance_greedy_1", "loss"])
+    ['loss', 'acceptance_greedy_1', 'acceptance_greedy_2', 'task/x/acc']
+    """
+    places = {stem: place for place, stem in enumerate(MEASURES)}
+
+    def place(name: str) -> tuple[int, int, str]:
+        stem, _, depth = name.rpartition("_")
+        has_depth = stem in MEASURES and MEASURES[stem].per_depth
+        return places.get(stem if has_depth else name, len(places)), int(depth) if has_depth else 0, name
+
+    return sorted(dict.fromkeys(names), key=place)

@@ -13,17 +13,18 @@ from nextn import checkpoint
 from nextn.config import Recipe
 from nextn.report.html import colours, plain, plural, settings_rows, template
 from nextn.report.study.compare import known_measure, shown, shown_estimate
-from nextn.report.study.measures import MEASURES
+from nextn.report.study.measures import MEASURES, measures_in
 from nextn.report.study.results import ClaimResult, Comparison, StudyResult, TargetReached
 from nextn.report.study.settings import MeasureConfig
 from nextn.report.study.tables import (
+    EQUALS,
     MAIN_MEASURES,
     against_baseline,
     baseline_of,
     cell,
     comparisons_of,
     difference_text,
-    measures_in,
+    other_settings,
     title_of,
     values_of_run,
 )  # fmt: skip
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
     from nextn.report.study.drawing import Plot
 
 _TONES = {"confirmed": "better", "refuted": "worse", "not resolved at this scale": "unresolved"}
-_EQUALS = {
-    "equal tokens": "loss", "equal FLOPs": "loss_at_equal_flops", "equal training time": "loss_at_equal_time",
-}  # fmt: skip
-
 MAX_NAMES = 4
 """Settings that a sentence lists by name."""
 
@@ -100,8 +97,8 @@ def answer(result: StudyResult) -> list[str]:
     sentences = [f"{plural(len(result.settings), 'setting')}, {seeds} each, against {result.baseline!r}."]
     if len(result.seeds) < 2:
         sentences.append("With one seed there are no intervals, and nothing is resolved.")
-    for equal, measure in _EQUALS.items():
-        rows = [found[name, measure] for name in _names(result) if (name, measure) in found]
+    for measure, equal in EQUALS.items():
+        rows = [found[name, measure] for name in other_settings(result) if (name, measure) in found]
         if others := [one for one in rows if baseline_of(result, one.setting) == result.baseline]:
             sentences.append(_losses_sentence(equal, others, result))
         for one in rows:
@@ -146,11 +143,6 @@ def _listed(names: Sequence[str], num_all: int) -> str:
     if len(names) == num_all > 1:
         return f"all {num_all} others"
     return ", ".join(names) if len(names) <= MAX_NAMES else f"{len(names)} of {num_all}"
-
-
-def _names(result: StudyResult) -> list[str]:
-    """All settings but the baseline."""
-    return [facts.name for facts in result.settings if facts.name != result.baseline]
 
 
 def _best_sentence(found: Mapping[tuple[str, str], Comparison], name: str, what: str) -> list[str]:

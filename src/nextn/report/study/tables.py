@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nextn import checkpoint
 from nextn.report.html import NOT_MEASURED
 from nextn.report.study.compare import known_measure, shown, shown_estimate
-from nextn.report.study.measures import MEASURES, Measure, measure_of
+from nextn.report.study.measures import Measure, measure_of, measures_in
 from nextn.report.study.results import Comparison, Estimate, StudyResult
 from nextn.tables import from_table, to_table
 
@@ -23,6 +23,8 @@ MAIN_MEASURES = (
 )  # fmt: skip
 """Columns of the comparison, those of them that the study has."""
 NOT_RESOLVED = "not resolved"
+EQUALS = {"loss": "equal tokens", "loss_at_equal_flops": "equal FLOPs", "loss_at_equal_time": "equal training time"}
+"""What a setting and the baseline are given alike, by the measure that compares their losses."""
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -38,20 +40,9 @@ def baseline_of(result: StudyResult, setting: str) -> str:
     return next(facts.against for facts in result.settings if facts.name == setting) or result.baseline
 
 
-def measures_in(names: Iterable[str]) -> list[str]:
-    """Names without repeats in the order of `MEASURES`: depths one after the other, tasks at the end, by name.
-
-    >>> measures_in(["task/x/acc", "acceptance_greedy_2", "loss", "acceptance_greedy_1", "loss"])
-    ['loss', 'acceptance_greedy_1', 'acceptance_greedy_2', 'task/x/acc']
-    """
-    places = {stem: place for place, stem in enumerate(MEASURES)}
-
-    def place(name: str) -> tuple[int, int, str]:
-        stem, _, depth = name.rpartition("_")
-        depths = stem in MEASURES and MEASURES[stem].per_depth
-        return places.get(stem if depths else name, len(places)), int(depth) if depths else 0, name
-
-    return sorted(dict.fromkeys(names), key=place)
+def other_settings(result: StudyResult) -> list[str]:
+    """All settings but the baseline, in the study's order."""
+    return [facts.name for facts in result.settings if facts.name != result.baseline]
 
 
 def title_of(name: str) -> str:
