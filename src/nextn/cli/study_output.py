@@ -18,13 +18,11 @@ from nextn.report.study.compare import known_measure, shown
 from nextn.report.study.jobs import Job
 from nextn.report.study.results import Comparison, StudyResult, Verdict
 from nextn.report.study.run import StudyPlan
+from nextn.report.study.settings import MeasureConfig
 from nextn.report.study.tables import NOT_RESOLVED, comparisons_of, difference_text, title_of
 
 PLAIN_LINE_EVERY_S = 30.0
 """Where there is no terminal, at most one line in this many seconds, and one for every finished run."""
-
-MEASURING_S = {True: 40.0, False: 12.0}
-"""Guess of the seconds that measuring a run takes, its decoding included or not; what is done corrects all guesses."""
 
 _MEASURES = (
     "flops_overhead", "time_overhead", "steps_ratio", "effective_speedup", "al_greedy", "decode_speedup_greedy",
@@ -112,8 +110,15 @@ def _num_parallel(devices: Sequence[str]) -> int:
 
 
 def _predicted_s(job: Job) -> float:
-    is_decoded = bool(job.request.measure.num_prompts or job.request.measure.num_completions)
-    return job.predicted_s * (1 - job.share_done()) + MEASURING_S[is_decoded]
+    return job.predicted_s * (1 - job.share_done()) + _measuring_s(job.request.measure)
+
+
+def _measuring_s(measure: MeasureConfig) -> float:
+    """Guess of the seconds that measuring a run takes, by what a small model needs; progress corrects it."""
+    started_s = 5.0
+    batched = 2 * measure.num_prompts * measure.max_new_tokens + measure.num_completions * measure.completion_length / 2
+    one_by_one = 4 * measure.num_timed_prompts * measure.num_repeats * measure.max_new_tokens
+    return started_s + batched / 1000 + one_by_one / 300
 
 
 def _state(job: Job) -> str:
