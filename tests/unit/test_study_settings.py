@@ -9,10 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nextn.checkpoint import write_json
 from nextn.config import MTPConfig, ObjectiveConfig, Recipe, ScheduleConfig, TrainingConfig
-from nextn.errors import ConfigError
-from nextn.report.study.plan import plan_runs, run_id
+from nextn.errors import CheckpointError, ConfigError
+from nextn.report.study.jobs import _environment, checked_devices
+from nextn.report.study.plan import plan_runs, recipe_as_begun, run_id
 from nextn.report.study.settings import LoadedStudy, load_study
+from nextn.tables import to_table
 
 STUDIES = sorted(path for path in (Path(__file__).parents[2] / "recipes" / "studies").glob("*.toml"))
 SHIPPED = [path for path in STUDIES if not path.name.startswith("base-")]
@@ -139,3 +142,27 @@ def test_runs_have_one_id_iff_they_train_the_same_on_the_same_text(seed: int, nu
 def test_ids_stay_what_they_are():
     """Runs that people have on disk are found again by later versions."""
     assert run_id(Recipe(mtp=MTPConfig(num_depths=3)), "text") == "0c9a41f0de8448db"
+
+
+def test_a_run_is_gone_on_with_as_it_was_begun_and_refused_if_it_is_another(tmp_path):
+    begun = Recipe(training=TrainingConfig(num_steps=50, log_every=10))
+    assert recipe_as_begun(begun, tmp_path) == begun, "nothing was begun"
+    write_json(tmp_path / "recipe.json", to_table(begun))
+    logged = replace(begun, training=replace(begun.training, log_every=5, device="cpu"))
+    assert recipe_as_begun(logged, tmp_path) == begun
+    another = replace(begun, training=replace(begun.training, batch_size=3))
+    with pytest.raises(CheckpointError, match=r"training.batch_size \(there 16, now 3\)"):
+        recipe_as_begun(another, tmp_path)
+
+
+@pytest.mark.parametrize("devices", ["gpu", "cuda:0,", "cpu,cuda:0", "0,1"])
+def test_devices_that_are_none_or_of_two_kinds_are_refused(devices: str):
+    with pytest.raises(ConfigError, match="--devices"):
+        checked_devices(devices)
+
+
+def test_a_visible_gpu_is_counted_among_those_that_are_visible(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert _environment("cuda:1", None) == {"CUDA_VISIBLE_DEVICES": "3"}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert _environment("cuda:1", None) == {"CUDA_VISIBLE_DEVICES": "1"}
