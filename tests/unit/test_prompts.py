@@ -28,13 +28,11 @@ from nextn.decoding import generate
 from nextn.errors import CheckpointError, DataError, GenerationError, NextnError
 from nextn.mtp import MTPModel
 from nextn.report import prompts as module
+from nextn.report.completions import after_words, completions, inside_functions
 from nextn.report.prompts import (
     PACKAGED,
     PromptSet,
-    _completions,
-    after_words,
     check_prompt_set,
-    inside_functions,
     prompt_set,
     training_token_counts,
 )
@@ -164,19 +162,19 @@ def room(documents: Sequence[Document], length: int) -> list[int]:
     return [sum(place >= length for place in after_words(document.text)) for document in documents]
 
 
-def completions(documents: Sequence[Document], length: int, number: int) -> list[str]:
-    return [BYTES.decode(ids) for ids in _completions(documents, after_words, BYTES, (), length, number)]
+def cut_texts(documents: Sequence[Document], length: int, number: int) -> list[str]:
+    return [BYTES.decode(ids) for ids in completions(documents, after_words, BYTES, (), length, number)]
 
 
 @given(documents_of_words, st.integers(1, 8), st.data())
 def test_prompts_are_ends_of_exactly_the_length_and_documents_take_turns(documents, length: int, data: st.DataObject):
     per_document = room(documents, length)
     number = data.draw(st.integers(0, sum(per_document)))
-    found = completions(documents, length, number)
+    found = cut_texts(documents, length, number)
     assert len(found) == number
     assert all(len(text) == length for text in found)
     assert all(any(text in document.text for document in documents) for text in found)
-    one_each = completions(documents, length, min(number, sum(map(bool, per_document))))
+    one_each = cut_texts(documents, length, min(number, sum(map(bool, per_document))))
     assert found[: len(one_each)] == one_each
 
 
@@ -190,7 +188,7 @@ def test_a_documents_prompt_does_not_depend_on_the_other_documents():
     random = np.random.default_rng(0)
     texts = [" ".join(random.permutation(STORY_WORDS)) for _ in range(6)]
     documents = [Document(f"{number}.txt", text) for number, text in enumerate(texts)]
-    assert first_of_each(lambda chosen: completions(chosen, 20, len(chosen)), documents)
+    assert first_of_each(lambda chosen: cut_texts(chosen, 20, len(chosen)), documents)
 
     def broken(chosen: Sequence[Document]) -> list[str]:
         """One generator for all documents: what one takes changes what the next gets."""
@@ -202,7 +200,7 @@ def test_a_documents_prompt_does_not_depend_on_the_other_documents():
 
 def test_too_few_places_are_an_error_that_says_how_many_there_are():
     with pytest.raises(DataError, match=r"wanted: 9, of 4 tokens; the 1 documents .* room for 2"):
-        completions([Document("a", "four more words")], 4, 9)
+        cut_texts([Document("a", "four more words")], 4, 9)
 
 
 # ------------------------------------------------------------------------------------------------ sets cut from corpora

@@ -16,36 +16,30 @@ a text (a beginning-of-text token, say) is put there.
 
 from __future__ import annotations
 
-import ast
-import bisect
 import difflib
 import gzip
 import hashlib
 import importlib.metadata
 import json
-import re
-import warnings
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
 from nextn.checkpoint import read_json
 from nextn.config import DataConfig, EvaluationConfig
 from nextn.data import Corpus, Document, Tokenizer, load_corpus
-from nextn.data.corpora import hash_position, hold_out_all
+from nextn.data.corpora import hold_out_all
 from nextn.data.sources import PYTHON_STDLIB, is_path
 from nextn.decoding.vocabulary import token_counts
 from nextn.errors import CheckpointError, DataError, GenerationError
 from nextn.mtp import MTPModel
+from nextn.report.chat_template import ChatTemplate
+from nextn.report.completions import after_words, completions, inside_functions
 from nextn.report.measurement import held_out_prompts
 from nextn.report.text_marks import TextMarks
 from nextn.training import prepare_held_out, read_recipe
@@ -56,9 +50,6 @@ USUAL_NEW_TOKENS = 128
 """Tokens decoded per prompt where neither the caller nor a recipe says."""
 
 MOST_COUNTED_TOKENS = 4_000_000
-
-LONGEST_TOKEN = 32
-"""Characters that a prompt's tokens are looked for in, each; only white space has much longer ones."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +147,7 @@ def prompt_set(
     if name == CODE or kind == STORY:
         settings = replace(_trained_evaluation(folder), **numbers)
         corpus = _unseen(PYTHON_STDLIB if name == CODE else path or _own_corpus(folder), folder, say)
-        prompts = _completions(
+        prompts = completions(
             corpus.validation,
             inside_functions if name == CODE else after_words,
             model.tokenizer,
@@ -174,7 +165,7 @@ def prompt_set(
         return PromptSet(prompts, max_new_tokens or USUAL_NEW_TOKENS, source)
     texts = _texts(name)
     chosen = _evenly(texts.texts, num_prompts, name)
-    template = _ChatTemplate.read(folder) if texts.is_chat else None
+    template = ChatTemplate.read(folder) if texts.is_chat else None
     if template is None:
         prompts = tuple([*opening, *model.tokenizer.encode(text).tolist()] for text in chosen)
     else:
@@ -285,107 +276,6 @@ def _unseen(corpus: str, folder: Path, say: Callable[[str], None]) -> Corpus:
     return hold_out_all(found, {file["sha256"] for file in trained.get("files", ()) if file["split"] == "train"})
 
 
-# ------------------------------------------------------------------------------------------------- cutting completions
-
-
-def _completions(
-    documents: Sequence[Document],
-    places: Callable[[str], list[int]],
-    tokenizer: Tokenizer,
-    opening: Sequence[int],
-    prompt_length: int,
-    num_prompts: int,
-) -> tuple[list[int], ...]:
-    """Prompts of exactly `prompt_length` tokens, each the end of a document's text before one of its places.
-
-    Every document gives one prompt before any gives two. Documents come in the order of a hash of their names, which
-    also shuffles each one's places, so that a prompt stays when other documents are added or changed.
-
-    Args:
-        documents: texts.
-        places: characters after which a text may be cut, ascending.
-        tokenizer: of the prompts.
-        opening: ids that open every prompt and count as its tokens.
-        prompt_length: in tokens.
-        num_prompts: how many.
-
-    Raises:
-        DataError: there is no room for so many.
-        GenerationError: the opening fills the prompt.
-    """
-    length = prompt_length - len(opening)
-    if length < 1:
-        raise GenerationError(
-            f"prompts of {prompt_length} tokens have no room for text: {len(opening)} special tokens open every text"
-        )
-    by_hash = sorted(documents, key=lambda document: hash_position(document.name))
-    waiting = deque(_ends_of(document, places, tokenizer, length) for document in by_hash)
-    found: list[list[int]] = []
-    while waiting and len(found) < num_prompts:
-        candidates = waiting.popleft()
-        if (end := next(candidates, None)) is not None:
-            found.append([*opening, *end])
-            waiting.append(candidates)
-    if len(found) < num_prompts:
-        raise DataError(
-            f"prompts wanted: {num_prompts}, of {prompt_length} tokens; the {len(documents)} documents that the model "
-            f"was not trained on have room for {len(found)}. Ask for fewer prompts or shorter ones, or give more text"
-        )
-    return tuple(found)
-
-
-def _ends_of(
-    document: Document, places: Callable[[str], list[int]], tokenizer: Tokenizer, length: int
-) -> Iterator[list[int]]:
-    """The `length` tokens before each place that has as many before it, in an order that depends on the name only."""
-
-    def before(place: int) -> np.ndarray:
-        return tokenizer.encode(document.text[max(0, place - LONGEST_TOKEN * length) : place])[-length:]
-
-    found = places(document.text)
-    first = bisect.bisect_left(found, length, key=lambda place: len(before(place)))
-    order = np.random.default_rng(int(hash_position(document.name) * 2**53)).permutation(len(found) - first)
-    for number in order:
-        token_ids = before(found[first + number])
-        if len(token_ids) == length:
-            yield token_ids.tolist()
-
-
-def inside_functions(text: str) -> list[int]:
-    """Where Python source is cut: before the middle statement of each function's body, and never before its second.
-
-    A function of one statement, or on one line, gives no place, and text that is not Python (as this interpreter reads
-    it) gives none. Returns numbers of characters, ascending; the text before a place ends without white space.
-
-    >>> source = "def f(x):\\n    y = x + 1\\n    return y\\n"
-    >>> [source[:place] for place in inside_functions(source)]
-    ['def f(x):\\n    y = x + 1']
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the text's own escapes and comparisons
-            tree = ast.parse(text)
-    except (SyntaxError, ValueError):
-        return []
-    line_starts = [0, *(match.end() for match in re.finditer(r"\r\n?|\n", text))]
-    places = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1:
-            statement = node.body[len(node.body) // 2]
-            if statement.lineno > (node.body[0].end_lineno or 0):
-                places.add(len(text[: line_starts[statement.lineno - 1]].rstrip()))
-    return sorted(places)
-
-
-def after_words(text: str) -> list[int]:
-    """Where a story is cut: before white space that more text follows. Returns numbers of characters, ascending.
-
-    >>> after_words("Once upon\\n a time ")
-    [4, 9, 12]
-    """
-    return [match.start() for match in re.finditer(r"(?<=\S)\s+(?=\S)", text)]
-
-
 # ------------------------------------------------------------------------------------------------------- sets of texts
 
 
@@ -477,64 +367,3 @@ def _evenly(texts: Sequence[str], number: int | None, name: str) -> Sequence[str
     if number > len(texts):
         raise DataError(f"{number} prompts wanted, and {name} has {len(texts)}")
     return [texts[i * len(texts) // number] for i in range(number)]
-
-
-# ------------------------------------------------------------------------------------------------------ chat templates
-
-
-@dataclass(frozen=True)
-class _ChatTemplate:
-    """How a chat model wants a question, from its tokenizer files.
-
-    The template is filled in as transformers 5.23 does it (`utils/chat_template_utils.py`: trimmed blocks, loop
-    controls, `tojson`, `raise_exception`), but for the day's date, which would change the prompts from day to day:
-    templates that ask whether there is one take their own.
-    """
-
-    template: jinja2.Template
-    special_tokens: dict[str, str]
-    tokenizer: tokenizers.Tokenizer
-
-    @classmethod
-    def read(cls, folder: Path) -> _ChatTemplate | None:
-        """From a checkpoint; None if it has no chat template. Raises DataError for one that jinja cannot read."""
-        path = folder / "chat_template.jinja"
-        settings: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            settings |= read_json(folder / name) if (folder / name).exists() else {}
-        stored = path.read_text(encoding="utf-8") if path.exists() else settings.get("chat_template")
-        if isinstance(stored, list):
-            stored = next((one["template"] for one in stored if one["name"] == "default"), None)
-        if stored is None:
-            return None
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = lambda value, **settings: json.dumps(value, ensure_ascii=False, **settings)
-        environment.globals["raise_exception"] = _refuse
-        try:
-            template = environment.from_string(stored)
-        except jinja2.TemplateError as error:
-            raise DataError(f"{folder}: the chat template cannot be read: {error}") from None
-        special_tokens = {
-            key: token["content"] if isinstance(token, dict) else token
-            for key, token in settings.items()
-            if key.endswith("_token") and isinstance(token, str | dict)
-        }
-        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return cls(template, special_tokens, tokenizer)
-
-    def token_ids(self, question: str) -> list[int]:
-        """The question as a user's turn, up to where the model's answer begins."""
-        messages = [{"role": "user", "content": question}]
-        try:
-            text = self.template.render(messages=messages, add_generation_prompt=True, **self.special_tokens)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"the model's chat template cannot be filled in with a question: {error}") from None
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)

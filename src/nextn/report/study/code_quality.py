@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import ast
 import codeop
+import itertools
 import re
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from nextn.data import Document
 from nextn.data.corpora import hash_position
-
-UNREADABLE = (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError)
-"""What Python raises for source that it cannot read; the last two for brackets nested too deep."""
+from nextn.report.completions import UNREADABLE, in_turn, read_python
 
 
 def _any(prompt: str) -> bool:
@@ -41,15 +39,8 @@ def function_prompts(
     >>> function_prompts([Document("a.py", source), Document("b.txt", "Once upon a time")], num_prompts=8)
     ('def f(\\n    x,\\n):\\n',)
     """
-    by_hash = sorted(documents, key=lambda document: hash_position(document.name))
-    waiting = deque(_shuffled_functions(document, fits, seed) for document in by_hash)
-    found: list[str] = []
-    while waiting and len(found) < num_prompts:
-        prompts = waiting.popleft()
-        if (prompt := next(prompts, None)) is not None:
-            found.append(prompt)
-            waiting.append(prompts)
-    return tuple(found)
+    found = in_turn(documents, lambda document: _shuffled_functions(document, fits, seed))
+    return tuple(itertools.islice(found, num_prompts))
 
 
 def _shuffled_functions(document: Document, fits: Callable[[str], bool], seed: int) -> Iterator[str]:
@@ -61,11 +52,8 @@ def _shuffled_functions(document: Document, fits: Callable[[str], bool], seed: i
 
 
 def _function_beginnings(text: str) -> list[str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the text's own escapes and comparisons
-            tree = ast.parse(text)
-    except UNREADABLE:
+    tree = read_python(text)
+    if tree is None:
         return []
     lines = re.findall(r".*?(?:\r\n?|\n)|.+", text, re.DOTALL)  # as Python counts them
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
@@ -117,26 +105,16 @@ def parses(prompt: str, completion: str, *, is_ended: bool = False) -> bool | No
     if over := re.search(r"^\S", completion, re.MULTILINE):
         completion, is_ended = completion[: over.start()], True
     if is_ended:
-        return _is_python(prompt + completion)
+        return read_python(prompt + completion) is not None
     lines = completion.split("\n")[:-1]
     while lines:
         text = prompt + "\n".join(lines) + "\n"
-        if _is_python(text):
+        if read_python(text) is not None:
             return True
         if not _lacks_its_end(text):
             return False
         lines.pop()
     return None
-
-
-def _is_python(text: str) -> bool:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ast.parse(text)
-    except UNREADABLE:
-        return False
-    return True
 
 
 def _lacks_its_end(text: str) -> bool:
