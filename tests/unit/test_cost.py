@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from nextn.config import CurriculumConfig, DetachConfig, ModelConfig, MTPConfig, ObjectiveConfig, ScheduleConfig
+from nextn.config import (
+    CurriculumConfig,
+    DetachConfig,
+    ModelConfig,
+    MTPConfig,
+    ObjectiveConfig,
+    Recipe,
+    ScheduleConfig,
+)
 from nextn.errors import ConfigError
 from nextn.model import attention, flops, moe
 from nextn.model.kernels import attention as fast_attention
@@ -206,23 +214,32 @@ def test_depths_that_the_model_does_not_have_are_refused():
 FORWARD = ObjectiveConfig(curriculum=CurriculumConfig("forward"))
 
 
+def recipe_of_steps(num_steps: int, num_depths: int, objective: ObjectiveConfig) -> Recipe:
+    """Steps of 24 tokens."""
+    recipe = recipe_with(
+        mtp={"num_depths": num_depths},
+        data={"sequence_length": 12},
+        optimizer={"num_warmup_steps": 0},
+        training={"num_steps": num_steps, "batch_size": 2},
+    )
+    return replace(recipe, objective=objective)
+
+
 def test_a_run_takes_the_flops_that_a_counter_sees_in_its_steps(tmp_path: Path):
     recipe = recipe_with(
         objective={"curriculum": CurriculumConfig("forward")},
         optimizer={"name": "adamw"},  # which multiplies no matrices
         training={"num_steps": 6, "micro_batch_size": 4},
     )
-    run, data = trainer(tmp_path, recipe), recipe.data
+    run = trainer(tmp_path, recipe)
     run.model.train()
     seen = []
     with counter() as products:
         for _ in range(recipe.training.num_steps):
             run.step()
             seen.append(products.get_total_flops())
-    settings_of_run = (data.sequence_length, recipe.training.batch_size, recipe.training.num_steps)
-    sums = training_flops(recipe.model, recipe.mtp, recipe.objective, *settings_of_run)
-    assert sums == pytest.approx(seen, rel=TOLERANCE)
-    without_curriculum = training_flops(recipe.model, recipe.mtp, ObjectiveConfig(), *settings_of_run)
+    assert training_flops(recipe) == pytest.approx(seen, rel=TOLERANCE)
+    without_curriculum = training_flops(replace(recipe, objective=ObjectiveConfig()))
     assert without_curriculum[0] != pytest.approx(seen[0], rel=TOLERANCE), "depths that are off must be noticed"
 
 
@@ -238,18 +255,19 @@ def test_phases_are_those_that_the_steps_are_in(num_steps: int, stages: list[tup
         curriculum=CurriculumConfig("stages", stages=tuple(stages)),
     )
     by_step = [active_depths(objective, 3, Progress(step, step * 24, num_steps)) for step in range(num_steps)]
-    found = phases(objective, 3, sequence_length=12, batch_size=2, num_steps=num_steps)
+    recipe = recipe_of_steps(num_steps, 3, objective)
+    found = phases(recipe)
     assert [active for active, _ in found] == list(dict.fromkeys(by_step)), "in order of first appearance"
     assert dict(found) == {active: by_step.count(active) for active in by_step}
-    sums = training_flops(TINY, MTPConfig(num_depths=3), objective, 12, 2, num_steps)
-    model = weightless_model(TINY, MTPConfig(num_depths=3))
+    sums = training_flops(recipe)
+    model = weightless_model(recipe.model, recipe.mtp)
     expected = sum(count * 24 * step_flops(model, 12, active) for active, count in found)
     assert len(sums) == num_steps
     assert sums[-1] == pytest.approx(expected)
 
 
 def test_plain_training_has_one_phase_and_no_depths():
-    assert phases(FORWARD, 0, sequence_length=12, batch_size=2, num_steps=5) == [((), 5)]
+    assert phases(recipe_of_steps(5, 0, FORWARD)) == [((), 5)]
 
 
 def test_a_model_far_larger_than_memory_can_be_counted():
@@ -272,7 +290,7 @@ def test_a_model_far_larger_than_memory_can_be_counted():
         v_head_dim=128,
         max_position_embeddings=4096,
     )
-    flops_per_token = training_flops(released, MTPConfig(num_depths=0), ObjectiveConfig(), 4096, 1, 1)[0] / 4096
+    flops_per_token = step_flops(weightless_model(released, MTPConfig(num_depths=0)), 4096)
     # Six per active parameter (37 billion, of which 0.9 are the embedding, which multiplies nothing), and attention.
     attention = 3 * 2 * 61 * 128 * (128 + 64 + 128) * 4097 / 2
     assert flops_per_token == pytest.approx(6 * 36.6e9 + attention, rel=TOLERANCE)
@@ -280,7 +298,7 @@ def test_a_model_far_larger_than_memory_can_be_counted():
 
 def test_a_vocabulary_that_is_not_known_yet_is_refused():
     with pytest.raises(ConfigError, match=r"model\.vocab_size = 0 stands for the tokenizer's"):
-        training_flops(replace(TINY, vocab_size=0), MTPConfig(), ObjectiveConfig(), 24, 2, 3)
+        training_flops(recipe_with(model={"vocab_size": 0}))
 
 
 # ----------------------------------------------------------------------------------------------------------- parameters

@@ -43,15 +43,12 @@ def print_plan(console: Console, plan: StudyPlan, devices: Sequence[str]) -> Non
         recipe = plan.recipes[given.name]
         training, length = recipe.training, recipe.data.sequence_length
         cost = model_cost(weightless_model(recipe.model, recipe.mtp), length)
-        flops = training_flops(
-            recipe.model, recipe.mtp, recipe.objective, length, training.batch_size, training.num_steps
-        )
         jobs = [job for job in plan.jobs if job.run.setting == given.name]
         table.add_row(
             escape(given.name),
             count(cost.num_parameters),
             count(training.num_steps * training.batch_size * length),
-            f"{flops[-1]:.2e}",
+            f"{training_flops(recipe)[-1]:.2e}",
             f"{1000 * plan.speeds.mean_step_s(given.name, recipe):.0f} ms",
             str(len(jobs)),
             str(sum(not job.is_done() for job in jobs)),

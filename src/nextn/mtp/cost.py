@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from nextn.alignment import num_final_positions
-from nextn.config import DetachConfig, ModelConfig, MTPConfig, ObjectiveConfig
+from nextn.config import DetachConfig, ModelConfig, MTPConfig, ObjectiveConfig, Recipe
 from nextn.errors import ConfigError
 from nextn.model.flops import head_flops, trunk_flops
 from nextn.model.moe import Experts
@@ -141,51 +141,44 @@ def active_depths(objective: ObjectiveConfig, num_depths: int, progress: Progres
     return tuple(depth for depth, weight in enumerate(weights, 1) if weight)
 
 
-def phases(
-    objective: ObjectiveConfig, num_depths: int, sequence_length: int, batch_size: int, num_steps: int
-) -> list[tuple[tuple[int, ...], int]]:
+def active_depths_by_step(recipe: Recipe) -> Iterator[tuple[int, ...]]:
+    """`active_depths` of every step of a run."""
+    training = recipe.training
+    num_tokens = training.batch_size * recipe.data.sequence_length
+    for step in range(training.num_steps):
+        moment = Progress(step, step * num_tokens, training.num_steps)
+        yield active_depths(recipe.objective, recipe.mtp.num_depths, moment)
+
+
+def phases(recipe: Recipe) -> list[tuple[tuple[int, ...], int]]:
     """The sets of active depths that occur in a run, in order of first appearance, each with its number of steps.
 
-    >>> from nextn.config import CurriculumConfig
+    >>> from nextn.config import CurriculumConfig, TrainingConfig
     >>> forward = ObjectiveConfig(curriculum=CurriculumConfig("forward"))
-    >>> phases(forward, 2, sequence_length=256, batch_size=16, num_steps=100)
+    >>> phases(Recipe(mtp=MTPConfig(num_depths=2), objective=forward, training=TrainingConfig(num_steps=100)))
     [((), 34), ((1,), 33), ((1, 2), 33)]
     """
-    return list(Counter(_active_by_step(objective, num_depths, sequence_length * batch_size, num_steps)).items())
+    return list(Counter(active_depths_by_step(recipe)).items())
 
 
-def training_flops(
-    config: ModelConfig,
-    mtp_config: MTPConfig,
-    objective: ObjectiveConfig,
-    sequence_length: int,
-    batch_size: int,
-    num_steps: int,
-) -> list[float]:
+def training_flops(recipe: Recipe) -> list[float]:
     """FLOPs of a run up to and including its first, second, ... step: `num_steps` growing sums of `step_flops`.
 
     Schedules and curricula count: a depth that is off costs nothing. The optimizer's own work does not.
 
     Raises ConfigError for a `vocab_size` of 0, or an objective that does not fit K.
 
-    >>> model, objective = ModelConfig(vocab_size=256), ObjectiveConfig()
-    >>> sums = training_flops(model, MTPConfig(), objective, sequence_length=128, batch_size=4, num_steps=3)
-    >>> [round(flops / 1e9, 2) for flops in sums]
+    >>> from nextn.config import DataConfig, TrainingConfig
+    >>> model, data = ModelConfig(vocab_size=256), DataConfig(sequence_length=128)
+    >>> sums = training_flops(Recipe(model=model, data=data, training=TrainingConfig(batch_size=4)))
+    >>> [round(flops / 1e9, 2) for flops in sums[:3]]
     [13.75, 27.51, 41.26]
     """
-    model, num_tokens = weightless_model(config, mtp_config), sequence_length * batch_size
+    model, sequence_length = weightless_model(recipe.model, recipe.mtp), recipe.data.sequence_length
+    num_tokens = recipe.training.batch_size * sequence_length
 
     @functools.cache
     def flops_of(active: tuple[int, ...]) -> float:
-        return num_tokens * step_flops(model, sequence_length, active, objective.detach)
+        return num_tokens * step_flops(model, sequence_length, active, recipe.objective.detach)
 
-    active_by_step = _active_by_step(objective, mtp_config.num_depths, num_tokens, num_steps)
-    return list(itertools.accumulate(flops_of(active) for active in active_by_step))
-
-
-def _active_by_step(
-    objective: ObjectiveConfig, num_depths: int, num_tokens: int, num_steps: int
-) -> Iterator[tuple[int, ...]]:
-    """Active depths of every step of a run whose steps train `num_tokens` each."""
-    for step in range(num_steps):
-        yield active_depths(objective, num_depths, Progress(step, step * num_tokens, num_steps))
+    return list(itertools.accumulate(flops_of(active) for active in active_depths_by_step(recipe)))

@@ -12,9 +12,8 @@ from typing import Any
 
 from nextn.checkpoint import read_json
 from nextn.config import Recipe
-from nextn.errors import CheckpointError
-from nextn.mtp.cost import active_depths, training_flops
-from nextn.objective import Progress
+from nextn.errors import CheckpointError, ConfigError
+from nextn.mtp.cost import active_depths_by_step, training_flops
 from nextn.report.provenance import collect
 from nextn.report.study.claims import judge
 from nextn.report.study.compare import compare
@@ -26,7 +25,7 @@ from nextn.report.study.results import Comparison, CurvePoint, RunResult, Settin
 from nextn.report.study.settings import LoadedStudy, Setting
 from nextn.report.study.speeds import Speeds
 from nextn.report.study.worker import TRAINED
-from nextn.tables import flattened, to_table
+from nextn.tables import flattened, from_table, to_table
 from nextn.training import read_metrics
 
 
@@ -75,7 +74,7 @@ def _run_result(job: Job, recipe: Recipe, speeds: Speeds) -> RunResult:
     run = job.run
     recipe = replace(recipe, training=run.recipe.training)
     recipe_as_begun(recipe, job.folder)
-    measured = _measures(job.request.measures)
+    measured = _measures(Path(job.request.measures))
     curve = _curve(job.folder / "metrics.jsonl", recipe, run.setting, speeds)
     if run.ladder is not None:
         values = {"loss": measured.values["loss"]}
@@ -101,16 +100,15 @@ def _expert_loads(metrics: Path) -> dict[str, float]:
     return {name: statistics.fmean(values) for name, values in loads.items()}
 
 
-def _measures(path: str | None) -> RunMeasures:
-    table = _table(path)
+def _measures(path: Path) -> RunMeasures:
     try:
-        return RunMeasures(table["values"], tuple(table["loss_by_position"]), tuple(table["num_by_position"]))
-    except KeyError as error:
-        raise CheckpointError(f"{path} lacks {error}; delete it, and the same command measures again") from None
+        return from_table(RunMeasures, _table(path))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}; delete it, and the same command measures again") from None
 
 
-def _table(path: str | Path | None) -> dict[str, Any]:
-    table = read_json(Path(str(path)))
+def _table(path: Path) -> dict[str, Any]:
+    table = read_json(path)
     if not isinstance(table, dict):
         raise CheckpointError(f"{path} does not hold a table; delete it, and the same command measures again")
     return table
@@ -118,14 +116,10 @@ def _table(path: str | Path | None) -> dict[str, Any]:
 
 def _curve(metrics: Path, recipe: Recipe, setting: str, speeds: Speeds) -> tuple[CurvePoint, ...]:
     """The evaluations of a run, with what its training had cost by then."""
-    training, objective, num_depths = recipe.training, recipe.objective, recipe.mtp.num_depths
-    flops = _training_flops(recipe)
-    num_tokens = training.batch_size * recipe.data.sequence_length
-    moments = (Progress(step, step * num_tokens, training.num_steps) for step in range(training.num_steps))
-    step_s = (speeds.step_s(setting, active_depths(objective, num_depths, moment)) for moment in moments)
-    training_s = list(itertools.accumulate(step_s))
+    flops = training_flops(recipe)
+    training_s = list(itertools.accumulate(speeds.step_s(setting, depths) for depths in active_depths_by_step(recipe)))
     evaluations = [record for record in read_metrics(metrics) if record["kind"] == "evaluation"]
-    if not evaluations or evaluations[-1]["step"] != training.num_steps:
+    if not evaluations or evaluations[-1]["step"] != recipe.training.num_steps:
         raise CheckpointError(f"{metrics} lacks evaluations of its run; delete {metrics.parent} to train it again")
     return tuple(
         CurvePoint(
@@ -213,15 +207,8 @@ def _setting(loaded: LoadedStudy, name: str) -> Setting:
 def _flops_per_step(loaded: LoadedStudy, recipes: Mapping[str, Recipe], name: str) -> float:
     """Mean over a setting's run, its draft model's training included."""
     recipe, draft = recipes[name], _setting(loaded, name).draft_model
-    flops = _training_flops(recipe)[-1] + (_training_flops(recipes[draft])[-1] if draft else 0)
+    flops = training_flops(recipe)[-1] + (training_flops(recipes[draft])[-1] if draft else 0)
     return flops / recipe.training.num_steps
-
-
-def _training_flops(recipe: Recipe) -> list[float]:
-    """FLOPs of a run after every step."""
-    training = recipe.training
-    length = (recipe.data.sequence_length, training.batch_size, training.num_steps)
-    return training_flops(recipe.model, recipe.mtp, recipe.objective, *length)
 
 
 def _notes(loaded: LoadedStudy, recipes: Mapping[str, Recipe]) -> tuple[str, ...]:

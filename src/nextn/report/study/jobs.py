@@ -44,9 +44,8 @@ class Job:
 
     def is_done(self) -> bool:
         """True iff nothing is left to do."""
-        measures = self.request.measures
-        is_measured = measures is None or Path(measures).exists()
-        return self.divergence() is not None or (is_trained(self.folder) and is_measured)
+        is_whole = is_trained(self.folder) and Path(self.request.measures).exists()
+        return is_whole or self.divergence() is not None
 
     def divergence(self) -> str | None:
         """How its training failed, or that of its draft model; None: it did not."""

@@ -42,7 +42,7 @@ class PlannedRun:
 
 
 def plan_runs(loaded: LoadedStudy, corpus_sha256: Mapping[str, str]) -> list[PlannedRun]:
-    """All runs, seed by seed so that a study stopped early has whole pairs; baseline first within a seed.
+    """All runs, seed by seed, so that pairs are whole early; the baseline first within a seed.
 
     Args:
         loaded: the study.

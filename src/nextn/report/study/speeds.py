@@ -48,29 +48,32 @@ class Speeds:
     """Step times of all settings of a study on one machine.
 
     Attributes:
-        times: by setting's name and trained depths; what trains just as the baseline does is not among them.
+        times: by setting's name and trained depths; None for what trains just as the baseline does.
         baseline_s: median seconds of the baseline's step over all turns.
     """
 
-    times: dict[tuple[str, Depths], StepTimes]
+    times: dict[tuple[str, Depths], StepTimes | None]
     baseline_s: float
+
+    def ratios(self, setting: str, depths: Depths) -> tuple[float, ...]:
+        """How many times the baseline's step one of the setting takes, turn by turn."""
+        times = self.times[setting, depths]
+        return (1.0,) * NUM_TURNS if times is None else times.ratios
 
     def step_s(self, setting: str, depths: Depths) -> float:
         """Seconds of a step: the baseline's, times the median ratio."""
-        times = self.times.get((setting, depths))
-        return self.baseline_s if times is None else self.baseline_s * statistics.median(times.ratios)
+        return self.baseline_s * statistics.median(self.ratios(setting, depths))
 
     def mean_step_s(self, setting: str, recipe: Recipe) -> float:
         """The same, averaged over the phases of a run."""
-        seconds = sum(self.step_s(setting, depths) * num_steps for depths, num_steps in phases_of(recipe))
+        seconds = sum(self.step_s(setting, depths) * num_steps for depths, num_steps in phases(recipe))
         return seconds / recipe.training.num_steps
 
     def overheads(self, setting: str, recipe: Recipe) -> tuple[float, ...]:
         """Extra time relative to the baseline, one figure per turn, averaged over the phases of a run."""
         sums = [0.0] * NUM_TURNS
-        for depths, num_steps in phases_of(recipe):
-            times = self.times.get((setting, depths))
-            ratios = (1.0,) * NUM_TURNS if times is None else times.ratios
+        for depths, num_steps in phases(recipe):
+            ratios = self.ratios(setting, depths)
             sums = [total + ratio * num_steps for total, ratio in zip(sums, ratios, strict=True)]
         return tuple(total / recipe.training.num_steps - 1 for total in sums)
 
@@ -131,10 +134,11 @@ def measure_speeds(
     variants = {
         (name, depths): with_depths_on(recipe, depths) if recipe.mtp.num_depths else recipe
         for name, recipe in recipes.items()
-        for depths, _ in phases_of(recipe)
+        for depths, _ in phases(recipe)
     }
     different = {which: variant for which, variant in variants.items() if run_id(variant, "") != baseline_id}
-    times = {}
+    times: dict[tuple[str, Depths], StepTimes | None] = dict.fromkeys(variants)
+    measured = []
     for (name, depths), variant in (different or variants).items():
         key = f"{baseline_id}/{run_id(variant, '')}"
         if key not in file.pairs:
@@ -146,9 +150,10 @@ def measure_speeds(
                 raise StudyError(f"timing the steps of {name!r} failed: {error}") from None
             file.write(place)
         times[name, depths] = file.pairs[key]
+        measured.append(file.pairs[key])
     if place.type == "cuda":
         torch.cuda.empty_cache()  # for the workers
-    baseline_s = [seconds for pair in times.values() for seconds in pair.baseline_s]
+    baseline_s = [seconds for pair in measured for seconds in pair.baseline_s]
     return Speeds(times, statistics.median(baseline_s))
 
 
@@ -156,10 +161,3 @@ def _timed_pair(baseline: Recipe, variant: Recipe, data_of: Callable[[Recipe], P
     recipes = {"baseline": baseline, "setting": variant}
     seconds = time_steps(recipes, {name: data_of(recipe) for name, recipe in recipes.items()}, NUM_TURNS)
     return StepTimes(tuple(seconds["setting"]), tuple(seconds["baseline"]))
-
-
-def phases_of(recipe: Recipe) -> list[tuple[Depths, int]]:
-    """The depths that are trained in a run, and for how many steps each."""
-    training = recipe.training
-    length = (recipe.data.sequence_length, training.batch_size, training.num_steps)
-    return phases(recipe.objective, recipe.mtp.num_depths, *length)

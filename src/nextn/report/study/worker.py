@@ -14,7 +14,6 @@ import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -42,7 +41,7 @@ class Request:
     Attributes:
         recipe: of the run.
         folder: of the run; a half-trained run in it is gone on with.
-        measures: file that the measures go to; None: only train.
+        measures: file that the measures go to.
         measure: what to measure.
         draft_model: folder of a trained run that drafts; None: MTP depths draft.
         num_threads: of torch on the CPU; None: torch's own choice.
@@ -50,7 +49,7 @@ class Request:
 
     recipe: Recipe
     folder: str
-    measures: str | None
+    measures: str
     measure: MeasureConfig
     draft_model: str | None = None
     num_threads: int | None = None
@@ -74,13 +73,13 @@ def work(request: Request) -> None:
         except DivergenceError as error:
             write_json(folder / DIVERGED, {"message": str(error)})
             return
-    if request.measures is not None and not Path(request.measures).exists():
+    if not Path(request.measures).exists():
         device = resolve_device(recipe.training.device)
         model = load_model(list_checkpoints(folder)[-1], device=str(device))
         draft_model = None
         if request.draft_model is not None:
             draft_model = load_model(list_checkpoints(Path(request.draft_model))[-1], device=str(device))
-        measured = measure_run(model, data, recipe, request.measure, draft_model=draft_model)
+        measured = measure_run(model, data, recipe, request.measure, draft_model=draft_model, say=_log)
         write_json(Path(request.measures), to_table(measured))
 
 
@@ -99,6 +98,10 @@ def _train(recipe: Recipe, data: PreparedData, folder: Path) -> None:
     trainer.train(resume=(folder / "recipe.json").exists())
     write_json(folder / TRAINED, {"peak_memory_bytes": _peak_memory_bytes(device)})
     shutil.rmtree(list_checkpoints(folder)[-1] / "training_state")  # only a resumed training needs it
+
+
+def _log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
@@ -125,10 +128,7 @@ def _end_with_parent() -> None:
 
 def read_request(path: Path) -> Request:
     """A request as `write_request` wrote it."""
-    table: dict[str, Any] = read_json(path)
-    return Request(
-        recipe=from_table(Recipe, table.pop("recipe")), measure=from_table(MeasureConfig, table.pop("measure")), **table
-    )
+    return from_table(Request, read_json(path))
 
 
 def write_request(request: Request, path: Path) -> None:
