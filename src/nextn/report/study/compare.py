@@ -29,9 +29,8 @@ def compare(
         runs: of all settings and of the ladder.
         baseline: name of the setting that others are compared with.
         seeds: order in which values are listed.
-        overheads: samples of `time_overhead` and `flops_overhead`, by measure and setting. They are taken in turns, not
-            seeds, so their `Comparison.seeds` is empty; sample i of all settings is of the same turn. The baseline's
-            are 0 where they are not given.
+        overheads: samples of `time_overhead` and `flops_overhead`, by measure and setting. They are of turns, not of
+            seeds, so their `Comparison.seeds` is empty. The baseline's are 0 where they are not given.
 
     Raises:
         ConfigError: a run has a value that is no measure.
