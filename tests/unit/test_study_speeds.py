@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import pytest
 
-from nextn.config import CurriculumConfig
-from nextn.report.study.speeds import NUM_TURNS, Speeds, StepTimes
-from tests.e2e.tiny_run import recipe_with
+from nextn.config import CurriculumConfig, Recipe
+from nextn.data import ByteTokenizer, Corpus
+from nextn.report.study import speeds
+from nextn.report.study.speeds import NUM_SITTINGS, NUM_TURNS, Speeds, StepTimes, measure_speeds
+from nextn.training import PreparedData
+from tests.e2e.tiny_run import recipe_with, tokens
 
 FORWARD = recipe_with(
     mtp={"num_depths": 1}, objective={"curriculum": CurriculumConfig("forward")}, training={"num_steps": 4}
@@ -37,3 +43,51 @@ def test_what_was_not_timed_is_not_taken_for_the_baseline():
         SPEEDS.step_s("forward", (2,))
     with pytest.raises(KeyError):
         SPEEDS.overheads("reverse", FORWARD)
+
+
+RECIPES = {
+    "plain": recipe_with(mtp={"num_depths": 0}),
+    "plain too": recipe_with(mtp={"num_depths": 0}),
+    "one": recipe_with(mtp={"num_depths": 1}),
+    "two": recipe_with(mtp={"num_depths": 2}),
+}
+DATA = PreparedData(Corpus("a test", (), (), ()), ByteTokenizer(), tokens(), tokens(20, seed=1))
+
+
+@pytest.fixture
+def sittings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Depths of what was timed, sitting by sitting; a step takes 2 s, and 1 s more per depth and per sitting so far."""
+    timed: list[int] = []
+
+    def time_steps(recipes: Mapping[str, Recipe], data: object, num_turns: int) -> dict[str, list[float]]:
+        timed.append(recipes["setting"].mtp.num_depths)
+        return {name: [2.0 + recipe.mtp.num_depths + len(timed)] * num_turns for name, recipe in recipes.items()}
+
+    monkeypatch.setattr(speeds, "time_steps", time_steps)
+    return timed
+
+
+def measured(path: Path) -> Speeds:
+    return measure_speeds("plain", RECIPES, lambda _: DATA, "auto", path, lambda _: None)
+
+
+def test_every_setting_is_timed_in_several_sittings_with_the_others_between(tmp_path: Path, sittings: list[int]):
+    found = measured(tmp_path / "speeds.json")
+    assert sittings == [1, 2] * NUM_SITTINGS
+    times = found.times["two", (1, 2)]
+    assert times is not None
+    assert len(times.ratios) == NUM_TURNS
+    assert len(set(times.baseline_s)) == NUM_SITTINGS
+    assert found.times["plain", ()] is None
+    assert found.ratios("plain too", ()) == (1.0,) * NUM_TURNS
+
+
+def test_what_is_timed_stays_timed_but_for_another_number_of_turns(tmp_path: Path, sittings: list[int]):
+    path = tmp_path / "speeds.json"
+    once = measured(path)
+    sittings.clear()
+    assert measured(path) == once
+    assert sittings == []
+    speeds.write_json(path, speeds.read_json(path) | {"pairs": {"an/other": [[1.0], [1.0]]}})
+    measured(path)
+    assert sittings == [1, 2] * NUM_SITTINGS

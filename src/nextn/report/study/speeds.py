@@ -24,8 +24,12 @@ from nextn.report.study.plan import run_id
 from nextn.training import PreparedData, time_steps
 from nextn.training.timing import with_depths_on
 
-NUM_TURNS = 32
-"""One turn scatters by a tenth on a machine that does nothing else; the median of so many is good to about 2%."""
+NUM_SITTINGS, TURNS_PER_SITTING = 4, 8
+"""One turn scatters by a tenth on a machine that does nothing else. So does one sitting by a few hundredths, however
+many turns it has (where weights lie in memory, what the machine's neighbours do), so every setting has several, with
+new models, and all others are timed in between."""
+
+NUM_TURNS = NUM_SITTINGS * TURNS_PER_SITTING
 
 Depths = tuple[int, ...]
 """1-based depths that are trained at a step."""
@@ -37,6 +41,10 @@ class StepTimes:
 
     setting_s: tuple[float, ...]
     baseline_s: tuple[float, ...]
+
+    def __add__(self, later: StepTimes) -> StepTimes:
+        """With the turns of another sitting."""
+        return StepTimes(self.setting_s + later.setting_s, self.baseline_s + later.baseline_s)
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -138,27 +146,28 @@ def measure_speeds(
         for depths, _ in phases(recipe)
     }
     different = {which: variant for which, variant in variants.items() if run_id(variant, "") != baseline_id}
-    times: dict[tuple[str, Depths], StepTimes | None] = dict.fromkeys(variants)
-    measured = []
-    for (name, depths), variant in (different or variants).items():
-        key = f"{baseline_id}/{run_id(variant, '')}"
-        if key not in file.pairs:
-            what = f", depths {', '.join(map(str, depths)) or 'none'}" if variant.mtp.num_depths else ""
-            say(f"timing training steps: {name}{what}, beside {baseline}")
+    keys = {which: f"{baseline_id}/{run_id(variant, '')}" for which, variant in (different or variants).items()}
+    missing = {key: which for which, key in keys.items() if key not in file.pairs}
+    found = {key: StepTimes((), ()) for key in missing}
+    for sitting in range(NUM_SITTINGS if missing else 0):
+        for key, (name, depths) in missing.items():
+            what = f", depths {', '.join(map(str, depths)) or 'none'}" if recipes[name].mtp.num_depths else ""
+            say(f"timing training steps, sitting {sitting + 1} of {NUM_SITTINGS}: {name}{what}, beside {baseline}")
             try:
-                file.pairs[key] = _timed_pair(recipes[baseline], variant, data_of)
+                found[key] += _timed_pair(recipes[baseline], variants[name, depths], data_of)
             except NextnError as error:
                 raise StudyError(f"timing the steps of {name!r} failed: {error}") from None
-            file.write(place)
-        times[name, depths] = file.pairs[key]
-        measured.append(file.pairs[key])
+    if missing:
+        file.pairs |= found
+        file.write(place)
     if place.type == "cuda":
         torch.cuda.empty_cache()  # for the workers
-    baseline_s = [seconds for pair in measured for seconds in pair.baseline_s]
+    times = dict.fromkeys(variants) | {which: file.pairs[key] for which, key in keys.items()}
+    baseline_s = [seconds for key in dict.fromkeys(keys.values()) for seconds in file.pairs[key].baseline_s]
     return Speeds(times, statistics.median(baseline_s))
 
 
 def _timed_pair(baseline: Recipe, variant: Recipe, data_of: Callable[[Recipe], PreparedData]) -> StepTimes:
     recipes = {"baseline": baseline, "setting": variant}
-    seconds = time_steps(recipes, {name: data_of(recipe) for name, recipe in recipes.items()}, NUM_TURNS)
+    seconds = time_steps(recipes, {name: data_of(recipe) for name, recipe in recipes.items()}, TURNS_PER_SITTING)
     return StepTimes(tuple(seconds["setting"]), tuple(seconds["baseline"]))
