@@ -111,10 +111,10 @@ def example() -> StudyResult:
     """The study; only the numbers are invented, comparisons and verdicts follow from them."""
     runs = [_run(name, seed) for seed in SEEDS for name in SETTINGS]
     runs += [_run(BASELINE, seed, ladder) for seed in SEEDS for ladder in LADDER]
-    turns = [0.01 * _wobble(turn, 5) for turn in range(7)]
+    sittings = [0.01 * _wobble(sitting, 5) for sitting in range(4)]
     others = [name for name in SETTINGS if name != BASELINE]
     overheads = {
-        "time_overhead": {name: [SETTINGS[name][2] - 1 + shift for shift in turns] for name in others},
+        "time_overhead": {name: [SETTINGS[name][2] - 1 + shift for shift in sittings] for name in others},
         "flops_overhead": {name: [SETTINGS[name][3] - 1] * 2 for name in others},
     }
     comparisons = compare(runs, BASELINE, SEEDS, overheads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -17,25 +18,33 @@ from tests.e2e.tiny_run import recipe_with, tokens
 FORWARD = recipe_with(
     mtp={"num_depths": 1}, objective={"curriculum": CurriculumConfig("forward")}, training={"num_steps": 4}
 )
-SLOW_TURN = (2.0,) * (NUM_TURNS - 1) + (20.0,)
+BASELINE_S = (2.0,) * NUM_TURNS
 SPEEDS = Speeds(
     {
         ("plain", ()): None,
         ("forward", ()): None,
-        ("forward", (1,)): StepTimes(tuple(1.5 * seconds for seconds in SLOW_TURN), SLOW_TURN),
+        ("forward", (1,)): StepTimes((3.0,) * (NUM_TURNS - 1) + (30.0,), BASELINE_S),
     },
     baseline_s=2.0,
 )
 
 
 def test_a_step_takes_the_baselines_time_times_the_ratio_of_the_same_moments():
-    assert SPEEDS.step_s("forward", (1,)) == 3.0, "a turn in which the machine was slow changes nothing"
+    assert SPEEDS.step_s("forward", (1,)) == 3.0, "a turn in which something else was slow changes nothing"
     assert SPEEDS.step_s("forward", ()) == SPEEDS.step_s("plain", ()) == 2.0
+
+
+def test_the_time_of_a_step_and_the_overhead_shown_are_the_same_mean_over_sittings():
+    half = NUM_TURNS // 2
+    found = Speeds({("one", (1,)): StepTimes((3.0,) * half + (4.0,) * half, BASELINE_S)}, baseline_s=2.0)
+    overheads = found.overheads("one", recipe_with(mtp={"num_depths": 1}))
+    assert overheads == (0.5,) * (NUM_SITTINGS // 2) + (1.0,) * (NUM_SITTINGS // 2)
+    assert found.step_s("one", (1,)) == 2.0 * (1 + fmean(overheads)) == 3.5
 
 
 def test_a_run_takes_the_mean_of_its_phases():
     assert SPEEDS.mean_step_s("forward", FORWARD) == 2.5
-    assert SPEEDS.overheads("forward", FORWARD) == (0.25,) * NUM_TURNS
+    assert SPEEDS.overheads("forward", FORWARD) == (0.25,) * NUM_SITTINGS
 
 
 def test_what_was_not_timed_is_not_taken_for_the_baseline():
@@ -76,10 +85,11 @@ def test_every_setting_is_timed_in_several_sittings_with_the_others_between(tmp_
     assert sittings == [1, 2] * NUM_SITTINGS
     times = found.times["two", (1, 2)]
     assert times is not None
-    assert len(times.ratios) == NUM_TURNS
+    assert len(times.setting_s) == NUM_TURNS
+    assert len(times.ratios) == NUM_SITTINGS
     assert len(set(times.baseline_s)) == NUM_SITTINGS
     assert found.times["plain", ()] is None
-    assert found.ratios("plain too", ()) == (1.0,) * NUM_TURNS
+    assert found.ratios("plain too", ()) == (1.0,) * NUM_SITTINGS
 
 
 def test_what_is_timed_stays_timed_but_for_another_number_of_turns(tmp_path: Path, sittings: list[int]):

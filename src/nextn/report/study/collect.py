@@ -23,7 +23,7 @@ from nextn.report.study.measuring import RunMeasures
 from nextn.report.study.plan import recipe_as_begun
 from nextn.report.study.results import Comparison, CurvePoint, RunResult, SettingFacts, StudyResult
 from nextn.report.study.settings import LoadedStudy, Setting
-from nextn.report.study.speeds import Speeds
+from nextn.report.study.speeds import NUM_SITTINGS, Speeds
 from nextn.report.study.worker import TRAINED
 from nextn.tables import flattened, from_table, to_table
 from nextn.training import read_metrics
@@ -218,7 +218,8 @@ def _notes(loaded: LoadedStudy, recipes: Mapping[str, Recipe]) -> tuple[str, ...
         f"{len(study.seeds)} seeds. A setting is compared with the baseline's run of the same seed, which begins with "
         "the same weights of the trunk and reads the same text in the same order; intervals are 95%, by Student's t.",
         "Times are those of training steps measured in turn with the baseline's on one machine, not the runs' own. "
-        "Their scatter is in the interval of the time overhead, not in that of effective speedup.",
+        f"Their scatter over {NUM_SITTINGS} sittings is in the interval of the time overhead, not in that of effective "
+        "speedup.",
         "Every interval stands for itself: of twenty settings that change nothing, one will look resolved.",
     ]
     baseline = recipes[loaded.baseline.name]

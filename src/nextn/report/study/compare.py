@@ -29,7 +29,7 @@ def compare(
         runs: of all settings and of the ladder.
         baseline: name of the setting that others are compared with.
         seeds: order in which values are listed.
-        overheads: samples of `time_overhead` and `flops_overhead`, by measure and setting. They are of turns, not of
+        overheads: samples of `time_overhead` and `flops_overhead`, by measure and setting. They are of sittings, not of
             seeds, so their `Comparison.seeds` is empty. The baseline's are 0 where they are not given.
 
     Raises:
@@ -49,8 +49,8 @@ def compare(
                 )
         for name, samples in overheads.items():
             nothing = [0.0] * min(map(len, samples.values()), default=0) if setting == baseline else []
-            if turns := samples.get(setting, nothing):
-                found.append(_comparison(setting, name, turns, (), [], baseline, len(turns)))
+            if sittings := samples.get(setting, nothing):
+                found.append(_comparison(setting, name, sittings, (), [], baseline, len(sittings)))
         by_measure = {comparison.measure: comparison for comparison in found}
         comparisons += [by_measure[name] for name in measures_in(by_measure)]
     return tuple(comparisons)
@@ -69,7 +69,7 @@ def known_measure(name: str) -> Measure:
 
 
 def difference_by_seed(one: Comparison, other: Comparison) -> Estimate | None:
-    """`one` less `other` in the same seeds (in the same turns, for overheads); None: they share none.
+    """`one` less `other` in the same seeds (in the same sittings, for overheads); None: they share none.
 
     >>> def of(*values):
     ...     return Comparison("", "loss", values, (0, 1), estimate(values), None, None)

@@ -1,7 +1,8 @@
 """Seconds of a training step of each setting, measured beside the baseline's in turn.
 
 A run's own clock tells what else the machine was doing. So the time that a comparison uses is the baseline's median
-step, times how many times longer the setting's step took in the same moments, times the number of steps.
+step, times how many times longer the setting's step took in the same moments (in each sitting the median over its
+turns, which a disturbed turn does not move; then the mean over sittings), times the number of steps.
 """
 
 from __future__ import annotations
@@ -48,8 +49,14 @@ class StepTimes:
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """How many times the baseline's step, turn by turn."""
-        return tuple(a / b for a, b in zip(self.setting_s, self.baseline_s, strict=True))
+        """How many times the baseline's step, sitting by sitting: the median over its turns.
+
+        >>> StepTimes((3.0,) * 7 + (9.0,) + (4.0,) * 8, (2.0,) * 16).ratios
+        (1.5, 2.0)
+        """
+        turns = [a / b for a, b in zip(self.setting_s, self.baseline_s, strict=True)]
+        firsts = range(0, len(turns), TURNS_PER_SITTING)
+        return tuple(statistics.median(turns[first : first + TURNS_PER_SITTING]) for first in firsts)
 
 
 @dataclass(frozen=True)
@@ -65,13 +72,13 @@ class Speeds:
     baseline_s: float
 
     def ratios(self, setting: str, depths: Depths) -> tuple[float, ...]:
-        """How many times the baseline's step one of the setting takes, turn by turn."""
+        """How many times the baseline's step one of the setting takes, sitting by sitting."""
         times = self.times[setting, depths]
-        return (1.0,) * NUM_TURNS if times is None else times.ratios
+        return (1.0,) * NUM_SITTINGS if times is None else times.ratios
 
     def step_s(self, setting: str, depths: Depths) -> float:
-        """Seconds of a step: the baseline's, times the median ratio."""
-        return self.baseline_s * statistics.median(self.ratios(setting, depths))
+        """Seconds of a step: the baseline's, times the mean ratio."""
+        return self.baseline_s * statistics.fmean(self.ratios(setting, depths))
 
     def mean_step_s(self, setting: str, recipe: Recipe) -> float:
         """The same, averaged over the phases of a run."""
@@ -79,8 +86,8 @@ class Speeds:
         return seconds / recipe.training.num_steps
 
     def overheads(self, setting: str, recipe: Recipe) -> tuple[float, ...]:
-        """Extra time relative to the baseline, one figure per turn, averaged over the phases of a run."""
-        sums = [0.0] * NUM_TURNS
+        """Extra time relative to the baseline, one figure per sitting, averaged over the phases of a run."""
+        sums = [0.0] * NUM_SITTINGS
         for depths, num_steps in phases(recipe):
             ratios = self.ratios(setting, depths)
             sums = [total + ratio * num_steps for total, ratio in zip(sums, ratios, strict=True)]
