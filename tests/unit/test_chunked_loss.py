@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nextn.alignment import IGNORED
-from nextn.config import MTPConfig
+from nextn.config import DetachConfig, MTPConfig
 from nextn.mtp import MTPModel
 from nextn.objective import (
     BatchTotals,
@@ -266,6 +266,16 @@ def test_heads_that_share_a_weight_but_not_a_bias_are_two_heads():
     inputs = [HeadInput(hidden, weight), HeadInput(hidden, weight, bias)]
     _, losses = chunked_losses(inputs, labels, ones, [1.0, 1.0], chunk_size=2)
     torch.testing.assert_close(losses, torch.stack([summed_cross_entropy(i.logits(), labels[0]) for i in inputs]))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_a_depth_that_is_off_and_read_detached_by_the_next_is_not_trained_at_all(chunk_size: int | None):
+    model = MTPModel(TINY, MTPConfig(num_depths=2)).initialize(seed=1).train()
+    detach = DetachConfig(between_depths=True)
+    model(tokens(2, 12), objective=StepObjective((0.0, 0.3), detach=detach, chunk_size=chunk_size)).loss.backward()
+    first, second = model.scheme.layers
+    assert all(parameter.grad is None for parameter in first.parameters()), "zeros would still decay it"
+    assert all(parameter.grad is not None for parameter in second.parameters())
 
 
 @pytest.mark.parametrize("chunk_size", [None, 5])

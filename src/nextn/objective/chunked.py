@@ -13,7 +13,7 @@ linear function of them; the backward pass only scales them by the gradient of t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ class HeadInput:
         """[B, M, V], all at once."""
         return torch.nn.functional.linear(self.hidden, self.weight, self.bias)
 
+    def detached(self) -> HeadInput:
+        """The same, which no gradient leaves."""
+        return HeadInput(self.hidden.detach(), self.weight.detach(), None if self.bias is None else self.bias.detach())
+
 
 def chunked_losses(
     inputs: Sequence[HeadInput],
@@ -60,12 +64,14 @@ def chunked_losses(
         inputs: of D depths; depths may share a head, whose gradient is then accumulated in one buffer.
         labels: int64 [B, M] per depth; where the coefficient is 0 any value will do.
         coefficients: float32 [B, M] per depth, 0 where no label counts.
-        weights: of the depths in the total.
+        weights: of the depths in the total. A depth of weight 0 gets no gradient at all, rather than zeros that an
+            optimizer would take for one.
         chunk_size: positions whose logits are held at once.
 
     Returns:
         The total, a scalar that gradients flow from (once), and L [D], detached; nats.
     """
+    inputs = [one if weight else one.detached() for one, weight in zip(inputs, weights, strict=True)]
     heads: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
     for depth_input in inputs:
         heads.setdefault((id(depth_input.weight), id(depth_input.bias)), (depth_input.weight, depth_input.bias))
@@ -143,18 +149,12 @@ class _ChunkedLosses(torch.autograd.Function):
         num_depths = len(plan.head_of_depth)
         needed = [plan.with_gradients and need for need in ctx.needs_input_grad[1:]]
         gradients: list[Tensor | None] = [None] * len(tensors)
-        # A depth of weight 0 gets no gradient at all, rather than zeros that an optimizer would take for one.
-        weighty = [weight != 0 for weight in plan.weights]
-        used_heads = {head for head, counts in zip(plan.head_of_depth, weighty, strict=True) if counts}
         heads: list[_Head] = []
         for place in range(num_depths, len(tensors), 2):
             weight, bias = tensors[place], tensors[place + 1]
             assert weight is not None
-            is_used = len(heads) in used_heads
-            gradients[place] = torch.zeros_like(weight) if needed[place] and is_used else None
-            gradients[place + 1] = (
-                torch.zeros_like(bias) if bias is not None and needed[place + 1] and is_used else None
-            )
+            gradients[place] = torch.zeros_like(weight) if needed[place] else None
+            gradients[place + 1] = torch.zeros_like(bias) if bias is not None and needed[place + 1] else None
             cast_bias = None if bias is None else operand(bias)
             heads.append(_Head(operand(weight), cast_bias, gradients[place], gradients[place + 1]))
         sums = []
@@ -163,12 +163,12 @@ class _ChunkedLosses(torch.autograd.Function):
             assert states is not None
             loss, gradient = _one_depth(
                 operand(states.flatten(0, 1)),
-                heads[head] if weighty[depth] else replace(heads[head], weight_gradient=None, bias_gradient=None),
+                heads[head],
                 plan.labels[depth].flatten(),
                 plan.coefficients[depth].flatten(),
                 plan.weights[depth],
                 plan.chunk_size,
-                needed[depth] and weighty[depth],
+                needed[depth],
             )
             gradients[depth] = None if gradient is None else gradient.view_as(states)
             sums.append(loss)
