@@ -271,11 +271,15 @@ def test_heads_that_share_a_weight_but_not_a_bias_are_two_heads():
 @pytest.mark.parametrize("chunk_size", [None, 5])
 def test_a_depth_that_is_off_and_read_detached_by_the_next_is_not_trained_at_all(chunk_size: int | None):
     model = MTPModel(TINY, MTPConfig(num_depths=2)).initialize(seed=1).train()
-    detach = DetachConfig(between_depths=True)
-    model(tokens(2, 12), objective=StepObjective((0.0, 0.3), detach=detach, chunk_size=chunk_size)).loss.backward()
+    objective = StepObjective(
+        (0.0, 0.3), detach=DetachConfig(between_depths=True), balance_alpha=0.1, chunk_size=chunk_size
+    )
+    out = model(tokens(2, 12), objective=objective)
+    out.loss.backward()
     first, second = model.scheme.layers
     assert all(parameter.grad is None for parameter in first.parameters()), "zeros would still decay it"
     assert all(parameter.grad is not None for parameter in second.parameters())
+    assert {name.split(".")[2] for name in out.expert_loads if name.startswith("scheme.")} == {"1"}, "no bias update"
 
 
 @pytest.mark.parametrize("chunk_size", [None, 5])

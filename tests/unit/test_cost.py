@@ -144,7 +144,8 @@ def test_a_step_with_gradients_detached_takes_the_flops_that_a_counter_sees(
 @pytest.mark.parametrize("chunk_size", [None, 16])
 def test_a_module_that_others_read_detached_has_no_backward_pass(chunk_size: int | None):
     detach = DetachConfig(between_depths=True)
-    check_counts(CONFIGS["dense"], VARIANTS["untied"], 14, (3,), detach, chunk_size=chunk_size)
+    for config in (CONFIGS["dense"], CONFIGS["experts"]):
+        check_counts(config, VARIANTS["untied"], 14, (3,), detach, chunk_size=chunk_size)
 
 
 def test_a_vocabulary_that_dwarfs_the_layers_or_is_dwarfed_by_them_changes_nothing():

@@ -89,9 +89,8 @@ def step_flops(
     """FLOPs of a training step, forward and backward, per token of a row; `nextn.model.flops` says what is counted.
 
     A product takes as much again for the gradient of each of its operands. Left out is what no gradient reaches: the
-    head of a depth that is computed only because others build on it, its module too if they read it detached (but for
-    the balance loss's share in that, which is not counted); the weight of a detached head; the input of heads that
-    read the detached trunk directly.
+    head of a depth that is computed only because others build on it, its module too if they read it detached; the
+    weight of a detached head; the input of heads that read the detached trunk directly.
 
     Args:
         model: from `weightless_model`, or with weights.
@@ -116,15 +115,13 @@ def step_flops(
     scheme, head = model.scheme, head_flops(model.config)
     if scheme is None:
         return total
-    depths = scheme.required_depths(active)
+    depths, trained = scheme.required_depths(active), scheme.trained_depths(active, detach)
     modules = {depth: scheme.depth_flops(model.config, depth, sequence_length) - head for depth in depths}
     reads_constant = detach.trunk and not any(modules.values())
     for depth in depths:
-        is_active = depth in active
-        is_reached = is_active or not (detach.between_depths and scheme.is_chain)
         constant_head = detach.head and scheme.head(model.trunk, depth) is model.trunk.output_head
-        head_gradients = 2 - constant_head - reads_constant if is_active else 0
-        flops = modules[depth] * (3 if is_reached else 1) + head * (1 + head_gradients)
+        head_gradients = 2 - constant_head - reads_constant if depth in active else 0
+        flops = modules[depth] * (3 if depth in trained else 1) + head * (1 + head_gradients)
         total += flops * num_final_positions(sequence_length, depth) / sequence_length
     return total
 

@@ -136,14 +136,17 @@ class MTPModel(nn.Module):
                 objective.denominator, self.num_depths, input_ids, labels, document_ids, label_weights
             )
         depths = list(range(1, self.num_depths + 1))
+        trained = [0] if self.training else []
         if self.training and self.scheme is not None:
-            depths = self.scheme.required_depths([depth for depth in depths if weights[depth - 1]])
+            wanted = [depth for depth in depths if weights[depth - 1]]
+            depths = self.scheme.required_depths(wanted)
+            trained += self.scheme.trained_depths(wanted, objective.detach)
 
         usages: list[ExpertUsage] = []
 
         def new_context(num_positions: int, documents: Tensor | None) -> LayerContext:
-            usage = None
-            if self.training:
+            usage, depth = None, input_ids.shape[1] - num_positions
+            if depth in trained:
                 mask = None if documents is None else documents != PADDING_DOCUMENT
                 usages.append(usage := ExpertUsage(mask, objective.balance_alpha > 0))
             return self.trunk.context(num_positions, documents, usage)

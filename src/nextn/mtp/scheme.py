@@ -73,11 +73,15 @@ class Scheme(nn.Module, abc.ABC):
         return normed if self.config.trunk_hidden == "post_norm" else hidden
 
     def required_depths(self, wanted: Sequence[int]) -> list[int]:
-        """The depths to compute where only some are wanted: a chain needs all up to the last one.
-
-        A depth that is not computed gets no gradient, no balance loss and no routing bias update.
-        """
+        """The depths to compute where only some are wanted: a chain needs all up to the last one."""
         return list(range(1, max(wanted, default=0) + 1)) if self.is_chain else list(wanted)
+
+    def trained_depths(self, wanted: Sequence[int], detach: DetachConfig) -> list[int]:
+        """The depths that the losses of the wanted ones train: what these build on too, unless they read it detached.
+
+        Any other depth gets no gradient, no balance loss and no routing bias update, computed or not.
+        """
+        return list(wanted) if detach.between_depths and self.is_chain else self.required_depths(wanted)
 
     @abc.abstractmethod
     def step(
