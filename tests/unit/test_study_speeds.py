@@ -11,13 +11,14 @@ import pytest
 from nextn.config import CurriculumConfig, Recipe
 from nextn.data import ByteTokenizer, Corpus
 from nextn.report.study import speeds
-from nextn.report.study.speeds import NUM_SITTINGS, NUM_TURNS, Speeds, StepTimes, measure_speeds
+from nextn.report.study.speeds import NUM_SITTINGS, TURNS_PER_SITTING, Speeds, StepTimes, measure_speeds
 from nextn.training import PreparedData
 from tests.e2e.tiny_run import recipe_with, tokens
 
 FORWARD = recipe_with(
     mtp={"num_depths": 1}, objective={"curriculum": CurriculumConfig("forward")}, training={"num_steps": 4}
 )
+NUM_TURNS = NUM_SITTINGS * TURNS_PER_SITTING
 BASELINE_S = (2.0,) * NUM_TURNS
 SPEEDS = Speeds(
     {
@@ -101,3 +102,23 @@ def test_what_is_timed_stays_timed_but_for_another_number_of_turns(tmp_path: Pat
     speeds.write_json(path, speeds.read_json(path) | {"pairs": {"an/other": [[1.0], [1.0]]}})
     measured(path)
     assert sittings == [1, 2] * NUM_SITTINGS
+
+
+def test_timing_that_was_killed_goes_on_where_it_was(
+    tmp_path: Path, sittings: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    path, whole = tmp_path / "speeds.json", speeds.time_steps
+
+    def killed(recipes: Mapping[str, Recipe], data: object, num_turns: int) -> dict[str, list[float]]:
+        if len(sittings) == 3:
+            raise KeyboardInterrupt
+        return whole(recipes, data, num_turns)
+
+    monkeypatch.setattr(speeds, "time_steps", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measured(path)
+    monkeypatch.setattr(speeds, "time_steps", whole)
+    times = measured(path).times["two", (1, 2)]
+    assert sittings == [1, 2] * NUM_SITTINGS, "nothing twice, nothing left out"
+    assert times is not None
+    assert len(times.ratios) == NUM_SITTINGS

@@ -145,8 +145,8 @@ class MTPModel(nn.Module):
         usages: list[ExpertUsage] = []
 
         def new_context(num_positions: int, documents: Tensor | None) -> LayerContext:
-            usage, depth = None, input_ids.shape[1] - num_positions
-            if depth in trained:
+            usage = None
+            if input_ids.shape[1] - num_positions in trained:  # depth k has T - k positions
                 mask = None if documents is None else documents != PADDING_DOCUMENT
                 usages.append(usage := ExpertUsage(mask, objective.balance_alpha > 0))
             return self.trunk.context(num_positions, documents, usage)

@@ -49,8 +49,8 @@ def compare(
                 )
         for name, samples in overheads.items():
             nothing = [0.0] * min(map(len, samples.values()), default=0) if setting == baseline else []
-            if sittings := samples.get(setting, nothing):
-                found.append(_comparison(setting, name, sittings, (), [], baseline, len(sittings)))
+            if sample := samples.get(setting, nothing):
+                found.append(_comparison(setting, name, sample, (), [], baseline, len(sample)))
         by_measure = {comparison.measure: comparison for comparison in found}
         comparisons += [by_measure[name] for name in measures_in(by_measure)]
     return tuple(comparisons)

@@ -30,8 +30,6 @@ NUM_SITTINGS, TURNS_PER_SITTING = 4, 8
 many turns it has (where weights lie in memory, what the machine's neighbours do), so every setting has several, with
 new models, and all others are timed in between."""
 
-NUM_TURNS = NUM_SITTINGS * TURNS_PER_SITTING
-
 Depths = tuple[int, ...]
 """1-based depths that are trained at a step."""
 
@@ -108,12 +106,12 @@ class SpeedFile:
 
     @classmethod
     def read(cls, path: Path, device: torch.device) -> SpeedFile:
-        """What the file holds, unless it is of another machine; pairs of fewer turns are left out."""
+        """What the file holds, unless it is of another machine; pairs with a part of a sitting are left out."""
         table: dict[str, Any] = read_json(path) if path.exists() else {}
         if table.get("machine") != machine(device):
             return cls(path)
         pairs = {key: StepTimes(*(tuple(times) for times in pair)) for key, pair in table["pairs"].items()}
-        return cls(path, {key: pair for key, pair in pairs.items() if len(pair.setting_s) == NUM_TURNS})
+        return cls(path, {key: pair for key, pair in pairs.items() if len(pair.setting_s) % TURNS_PER_SITTING == 0})
 
     def write(self, device: torch.device) -> None:
         """All pairs, and what they were measured on."""
@@ -154,23 +152,25 @@ def measure_speeds(
     }
     different = {which: variant for which, variant in variants.items() if run_id(variant, "") != baseline_id}
     keys = {which: f"{baseline_id}/{run_id(variant, '')}" for which, variant in (different or variants).items()}
-    missing = {key: which for which, key in keys.items() if key not in file.pairs}
-    found = {key: StepTimes((), ()) for key in missing}
-    for sitting in range(NUM_SITTINGS if missing else 0):
-        for key, (name, depths) in missing.items():
+    which_of: dict[str, tuple[str, Depths]] = {}
+    for which, key in keys.items():
+        which_of.setdefault(key, which)
+    for sitting in range(NUM_SITTINGS):
+        for key, (name, depths) in which_of.items():
+            known = file.pairs.get(key, StepTimes((), ()))
+            if len(known.ratios) > sitting:
+                continue
             what = f", depths {', '.join(map(str, depths)) or 'none'}" if recipes[name].mtp.num_depths else ""
             say(f"timing training steps, sitting {sitting + 1} of {NUM_SITTINGS}: {name}{what}, beside {baseline}")
             try:
-                found[key] += _timed_pair(recipes[baseline], variants[name, depths], data_of)
+                file.pairs[key] = known + _timed_pair(recipes[baseline], variants[name, depths], data_of)
             except NextnError as error:
                 raise StudyError(f"timing the steps of {name!r} failed: {error}") from None
-    if missing:
-        file.pairs |= found
-        file.write(place)
+            file.write(place)
     if place.type == "cuda":
         torch.cuda.empty_cache()  # for the workers
     times = dict.fromkeys(variants) | {which: file.pairs[key] for which, key in keys.items()}
-    baseline_s = [seconds for key in dict.fromkeys(keys.values()) for seconds in file.pairs[key].baseline_s]
+    baseline_s = [seconds for key in which_of for seconds in file.pairs[key].baseline_s]
     return Speeds(times, statistics.median(baseline_s))
 
 
