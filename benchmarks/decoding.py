@@ -26,15 +26,15 @@ from rich.console import Console
 from torch import Tensor
 
 import nextn
-from nextn.checkpoint import write_json
 from nextn.config import MTPConfig
 from nextn.decoding import Decoder
 from nextn.decoding.steps import Steps
+from nextn.evaluation.prompts import prompt_set
+from nextn.files import write_json
 from nextn.interop.adapter import TransformersTrunk
 from nextn.model.prepared import PackedLinear, prepared
 from nextn.mtp import MTPModel, find_checkpoint
-from nextn.report.prompts import prompt_set
-from nextn.report.provenance import collect
+from nextn.provenance import collect
 
 NUM_NEW = 64
 NUM_REPEATS = 5

@@ -3,7 +3,7 @@
     python benchmarks/engines.py runs/demo --engines .engines --out benchmarks/engines.json
 
 Speed beside these engines is also what `nextn bench PATH --peers transformers,vllm,llamacpp` measures, with the same
-arms (`nextn.report.peers`). Here nextn runs eagerly as a fifth engine at every N, and acceptance is predicted.
+arms (`nextn.bench.peers`). Here nextn runs eagerly as a fifth engine at every N, and acceptance is predicted.
 """
 
 from __future__ import annotations
@@ -19,12 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 import nextn
-from nextn.checkpoint import write_json
-from nextn.decoding import Decoder
-from nextn.mtp import MTPModel, find_checkpoint
-from nextn.report.measurement import held_out_prompts
-from nextn.report.peer_engines import peer_arms
-from nextn.report.peers import (
+from nextn.bench.peer_engines import peer_arms
+from nextn.bench.peers import (
     PEERS,
     PeerArm,
     first_difference,
@@ -32,7 +28,11 @@ from nextn.report.peers import (
     measure_peers,
     our_arm,
 )
-from nextn.report.provenance import collect
+from nextn.decoding import Decoder
+from nextn.evaluation.free_running import held_out_prompts
+from nextn.files import write_json
+from nextn.mtp import MTPModel, find_checkpoint
+from nextn.provenance import collect
 from nextn.training import prepare_held_out, read_recipe
 
 NUM_THREADS = 2

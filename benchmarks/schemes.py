@@ -26,13 +26,13 @@ from rich.console import Console
 from rich.table import Table
 
 import nextn
-from nextn.checkpoint import list_checkpoints, read_json, write_json
 from nextn.config import MTPConfig, Recipe, load_recipe
+from nextn.evaluation.free_running import ARMS, held_out_prompts, measure_arm
+from nextn.evaluation.results import DecodingArm
+from nextn.files import list_checkpoints, read_json, write_json
 from nextn.mtp import SCHEMES
 from nextn.mtp.cost import model_cost
-from nextn.report.measurement import ARMS, held_out_prompts, measure_arm
-from nextn.report.provenance import collect
-from nextn.report.schema import DecodingArm
+from nextn.provenance import collect
 from nextn.training import PreparedData, Trainer, fit_vocabulary, new_model, prepare_data, read_metrics
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "schemes.toml"

@@ -36,7 +36,7 @@ from nextn.model.device import resolve_device
 from nextn.mtp import MTPModel
 from nextn.mtp.cost import model_cost
 from nextn.objective import HeadInput, StepObjective, chunked_losses, depth_weights, summed_cross_entropy, total_loss
-from nextn.report.provenance import collect
+from nextn.provenance import collect
 
 CHUNK_SIZE = ObjectiveConfig().loss_chunk_size
 GROUPS = {

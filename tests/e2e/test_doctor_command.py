@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from nextn.checkpoint import read_json, write_json
 from nextn.cli.main import app
 from nextn.data import ByteTokenizer, Document, pack, validation_rows
 from nextn.errors import NextnError
-from nextn.mtp import find_checkpoint, load_model
-from nextn.report.conventions import (
+from nextn.evaluation.conventions import (
     ConventionAccuracy,
     convention_findings,
     conventions_to_try,
     measure_conventions,
     most_frequent_share,
 )
+from nextn.files import read_json, write_json
+from nextn.mtp import find_checkpoint, load_model
 
 from . import tiny_run
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from nextn import Decoder, generate, load
-from nextn.checkpoint import list_checkpoints
 from nextn.cli.main import main
 from nextn.decoding import Piece
 from nextn.decoding.verify import Threshold
+from nextn.files import list_checkpoints
 
 from .test_commands import RECIPE
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nextn.checkpoint import list_checkpoints
 from nextn.config import CurriculumConfig, Recipe, ScheduleConfig
+from nextn.files import list_checkpoints
 from nextn.model.balancing import balance_loss
 from nextn.model.moe import Router
 from nextn.mtp import MTPModel, load_model

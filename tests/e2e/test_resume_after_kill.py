@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextn.checkpoint import list_checkpoints
 from nextn.data import RowSampler
+from nextn.files import list_checkpoints
 from nextn.mtp import load_model
 from nextn.training import Trainer, TrainingResult, read_metrics
 from nextn.training.metrics import TIMING_FIELDS
@@ -93,7 +93,7 @@ def test_a_resume_that_forgets_part_of_the_state_is_caught(uninterrupted, killed
     if forgotten == "place in the data":
         monkeypatch.setattr(RowSampler, "load_state_dict", lambda sampler, state: None)
     elif forgotten == "random generators":
-        monkeypatch.setattr("nextn.training.state._set_random_state", lambda tensors, table: None)
+        monkeypatch.setattr("nextn.training.checkpoint._set_random_state", lambda tensors, table: None)
     else:
         monkeypatch.setattr("nextn.training.optimizer.TrainingOptimizer.load_state_tensors", lambda self, tensors: None)
     resumed = run(shutil.copytree(killed, tmp_path / "run")).train(resume=True)

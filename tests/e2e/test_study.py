@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from nextn.report.study.measuring import TIMED
-from nextn.report.study.results import StudyResult
-from nextn.report.study.run import locked
-from nextn.report.study.tables import read_json
+from nextn.study.measuring import TIMED
+from nextn.study.results import StudyResult
+from nextn.study.run import locked
+from nextn.study.tables import read_json
 
 BASE = """
 [model]

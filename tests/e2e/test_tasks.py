@@ -22,16 +22,16 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import nextn
-from nextn.checkpoint import atomic_folder
 from nextn.cli.evaluate import evaluate
 from nextn.config import ModelConfig, MTPConfig
+from nextn.data.text_marks import TextMarks
 from nextn.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from nextn.errors import ConfigError, DataError, GenerationError
+from nextn.evaluation import harness
+from nextn.evaluation.harness import HarnessModel
+from nextn.evaluation.tasks import TaskSelection
+from nextn.files import atomic_folder
 from nextn.mtp import MTPModel, save_model
-from nextn.report import harness
-from nextn.report.harness import HarnessModel
-from nextn.report.tasks import TaskSelection
-from nextn.report.text_marks import TextMarks
 
 TASKS = Path(__file__).parent / "tasks"
 CONTEXT = 64
@@ -434,7 +434,9 @@ def test_options_that_would_have_no_effect_are_errors(tmp_path: Path):
 
 
 def test_without_the_harness_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval" or name.startswith("nextn.report.")]:
+    for name in [
+        name for name in sys.modules if name.split(".")[0] == "lm_eval" or name.startswith("nextn.evaluation.")
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # which makes `import lm_eval` fail
     with pytest.raises(ConfigError, match=r"pip install lm-eval"):

@@ -12,16 +12,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from nextn.checkpoint import list_checkpoints, read_json, read_tensors, write_json, write_tensors
 from nextn.config import Recipe
 from nextn.data import PackedTokens
 from nextn.errors import CheckpointError, ConfigError, DataError, DeviceError, DivergenceError
+from nextn.files import list_checkpoints, read_json, read_tensors, write_json, write_tensors
 from nextn.model.device import resolve_device
 from nextn.mtp import MTPModel, load_model
 from nextn.tables import from_table
 from nextn.training import read_metrics, resolve_precision, trainer
+from nextn.training.checkpoint import remove_old_checkpoints
 from nextn.training.metrics import TIMING_FIELDS, MetricsWriter, keep_lines
-from nextn.training.state import remove_old_checkpoints
 from tests.e2e import tiny_run
 from tests.e2e.tiny_run import RECIPE, recipe_with
 

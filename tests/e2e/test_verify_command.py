@@ -17,8 +17,8 @@ from nextn.cli.main import app
 from nextn.decoding import verify
 from nextn.decoding.mtp_drafts import MTPDrafter
 from nextn.errors import NextnError
+from nextn.lossless import sampling
 from nextn.model.cache import LayerCache
-from nextn.report.lossless import sampling
 
 from ..unit.test_lossless_suite import accept_everything, claim_another_law, no_residual, write_once
 from .test_commands import RECIPE

@@ -14,8 +14,8 @@ import nextn
 from nextn.config import MTPConfig, RopeConfig
 from nextn.data.corpora import Corpus, Document
 from nextn.data.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer
+from nextn.interop.engine_clients import LlamaCppServer, llamacpp_server
 from nextn.interop.gguf import write_gguf
-from nextn.interop.serving import LlamaCppServer, llamacpp_server
 from nextn.mtp import MTPModel
 from nextn.mtp.storage import save_model
 from tests.engines.conftest import TEXT, TrainedModel, engine_file, random_model

@@ -12,8 +12,8 @@ import torch
 
 import nextn
 from nextn.config import MTPConfig
+from nextn.interop.engine_clients import VllmServer, vllm_server
 from nextn.interop.export import export_model
-from nextn.interop.serving import VllmServer, vllm_server
 from nextn.mtp import save_model
 from tests.engines.conftest import TEXT, TrainedModel, engine_python, random_model
 

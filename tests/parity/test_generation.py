@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausa
 from transformers.modeling_layers import MtpModel
 
 import nextn
-from nextn.checkpoint import TensorFiles
 from nextn.config import ModelConfig, MTPConfig
 from nextn.data.tokenizers import ByteTokenizer
+from nextn.files import TensorFiles
 from nextn.interop.engines import layer_patterns
 from nextn.interop.export import export_model
 from nextn.mtp import MTPModel, save_model

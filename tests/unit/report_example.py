@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nextn import config, tables
 from nextn.decoding.statistics import AcceptanceStatistics
+from nextn.evaluation import results
 from nextn.report import html, schema
 from nextn.training import TeacherForcedEvaluation
 
@@ -49,7 +50,7 @@ def history() -> tuple[dict, ...]:
 def arm(name: str, temperature: float, counts: tuple[int, ...], plain: tuple[float, ...], fast: tuple[float, ...]):
     statistics = AcceptanceStatistics(len(counts) - 1, {len(counts) - 1: counts})
     greedy = temperature == 0
-    return schema.DecodingArm.of_statistics(
+    return results.DecodingArm.of_statistics(
         name, temperature, statistics, plain_tok_per_s=plain, speculative_tok_per_s=fast, num_prompts=16,
         num_new_tokens=statistics.num_drafts + statistics.num_accepted_tokens,
         num_identical_outputs=16 if greedy else None, num_compared_outputs=16 if greedy else None,
@@ -58,12 +59,12 @@ def arm(name: str, temperature: float, counts: tuple[int, ...], plain: tuple[flo
     )  # fmt: skip
 
 
-def sample(name: str, text: str, seed: int) -> schema.Sample:
+def sample(name: str, text: str, seed: int) -> results.Sample:
     noise, pieces, depth = random.Random(seed), [], 0
     for character in text:
-        pieces.append(schema.Piece(character, depth))
+        pieces.append(results.Piece(character, depth))
         depth = depth + 1 if depth < NUM_DEPTHS and noise.random() < 0.62 else 0
-    return schema.Sample(
+    return results.Sample(
         name, "import unittest\n\nclass ResponseTest(unittest.TestCase):\n    def test_ok(self):\n", tuple(pieces)
     )
 

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 from nextn import config, tables
-from nextn.report.study import page
-from nextn.report.study.claims import judge
-from nextn.report.study.compare import compare
-from nextn.report.study.results import CurvePoint, RunResult, SettingFacts, StudyResult, TargetReached
-from nextn.report.study.settings import Claim, Criterion, MeasureConfig
+from nextn.study import page
+from nextn.study.claims import judge
+from nextn.study.compare import compare
+from nextn.study.results import CurvePoint, RunResult, SettingFacts, StudyResult, TargetReached
+from nextn.study.settings import Claim, Criterion, MeasureConfig
 
 BASELINE = "next token"
 SEEDS = (0, 1, 2)

@@ -10,21 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nextn.bench import page as bench_page
+from nextn.bench import peers, verdict
+from nextn.bench.approaches import Approach, TrainedModel, approaches, trained_model
+from nextn.bench.arms import CHECKPOINT, Arm, arms_of
+from nextn.bench.figures import BenchReport, Setting
+from nextn.bench.peer_engines import check_peers
+from nextn.bench.timing import Runner, Timed, measure_setting, tokens_per_forward
+from nextn.bench.verdict import decide, summarise
 from nextn.decoding import GenerationResult
 from nextn.decoding.batch import Costs
 from nextn.decoding.policy import Cycle, FixedLength
 from nextn.decoding.statistics import AcceptanceStatistics
 from nextn.errors import ConfigError
-from nextn.interop.serving import Completion
-from nextn.report import bench_page, peers, verdict
-from nextn.report.approaches import Approach, TrainedModel, approaches, trained_model
-from nextn.report.bench_arms import CHECKPOINT, Arm, arms_of
-from nextn.report.bench_figures import BenchReport, Setting
-from nextn.report.bench_timing import Runner, Timed, measure_setting, tokens_per_forward
-from nextn.report.measurement import in_turn
-from nextn.report.peer_engines import check_peers
-from nextn.report.schema import Speedup
-from nextn.report.verdict import decide, summarise
+from nextn.evaluation.free_running import in_turn
+from nextn.evaluation.results import Speedup
+from nextn.interop.engine_clients import Completion
 from nextn.tables import to_table
 from tests.lossless.conftest import TEXT, memorising_model, random_model
 from tests.unit.test_report import Page
@@ -345,7 +346,7 @@ def test_a_report_without_drafts_peers_and_approaches_has_a_page_too():
     report = BenchReport.of_settings(
         "m", [figures], peers=(), approaches=(), notes=(), options={"num_repeats": 1}, provenance={}
     )
-    assert "Only plain decoding was measured" in "".join(Page(bench_page.render(report)).words)
+    assert "Only plain decoding was measured" in "".join(Page(page.render(report)).words)
 
 
 def test_the_report_goes_to_json_with_its_verdicts(report: BenchReport):

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nextn.checkpoint import atomic_folder, read_json, read_tensors, write_json, write_tensors
 from nextn.config import MTPConfig
 from nextn.data import ByteTokenizer
 from nextn.errors import CheckpointError, DeviceError
+from nextn.files import atomic_folder, read_json, read_tensors, write_json, write_tensors
 from nextn.mtp import MTPModel, load_model, save_model
 
 from .test_mtp_laws import TINY, tokens
@@ -224,7 +224,7 @@ def test_a_full_disk_is_a_checkpoint_error(tmp_path: Path, monkeypatch: pytest.M
     def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nextn.checkpoint.save_file", full)
+    monkeypatch.setattr("nextn.files.save_file", full)
     with pytest.raises(CheckpointError, match="No space left"):
         saved(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextn.data import Document
-from nextn.report.study import code_quality
-from nextn.report.study.code_quality import function_prompts, parses
+from nextn.study import code_quality
+from nextn.study.code_quality import function_prompts, parses
 
 SOURCES = [Document(str(module.__name__), Path(module.__file__).read_text()) for module in (textwrap, bisect, re)]
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nextn.checkpoint import TensorFiles, atomic_folder, read_json, write_json
 from nextn.config import MTPConfig
 from nextn.data import ByteTokenizer
 from nextn.errors import CheckpointError
+from nextn.files import TensorFiles, atomic_folder, read_json, write_json
 from nextn.interop.doctor import Diagnosis, examine, laws, services, values
 from nextn.interop.doctor.stored import declared_in_folder, sort_tensors
 from nextn.interop.doctor.values import TensorStatistics

@@ -11,11 +11,11 @@ import torch
 from typer.testing import CliRunner
 
 import nextn
-from nextn.checkpoint import read_json
 from nextn.cli.main import app
 from nextn.config import ModelConfig, MTPConfig
 from nextn.data.tokenizers import ByteTokenizer
 from nextn.errors import CheckpointError, ExportError
+from nextn.files import read_json
 from nextn.interop.engines import ENGINES, launch_line, reasons_against
 from nextn.interop.export import FORMATS, export_model
 from nextn.mtp import MTPModel, save_model

@@ -16,11 +16,11 @@ from nextn.decoding.batch import Batch
 from nextn.decoding.mtp_drafts import MTPDrafter
 from nextn.decoding.sampling import transform
 from nextn.decoding.verify import Verification
+from nextn.lossless import Check, Subject, bfloat16_divergence, lossless_checks, sampling
+from nextn.lossless.differences import differences, first_difference, text_check
+from nextn.lossless.sampling import WithoutResidual, chi_square_p_value, exact_law
 from nextn.model.cache import LayerCache
 from nextn.mtp import MTPModel
-from nextn.report.lossless import Check, Subject, bfloat16_divergence, lossless_checks, sampling
-from nextn.report.lossless.differences import differences, first_difference, text_check
-from nextn.report.lossless.sampling import WithoutResidual, chi_square_p_value, exact_law
 
 from ..lossless.conftest import TEXT, TINY, memorising_model
 

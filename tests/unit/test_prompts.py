@@ -20,22 +20,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from nextn.checkpoint import write_json
 from nextn.config import DataConfig, EvaluationConfig, ModelConfig, MTPConfig, Recipe
 from nextn.data import ByteTokenizer, Document, load_corpus, load_tokenizer, pack
 from nextn.data.corpora import hold_out_all
 from nextn.decoding import generate
 from nextn.errors import CheckpointError, DataError, GenerationError, NextnError
-from nextn.mtp import MTPModel
-from nextn.report import prompts as module
-from nextn.report.completions import after_words, completions, inside_functions
-from nextn.report.prompts import (
+from nextn.evaluation import prompts as module
+from nextn.evaluation.completions import after_words, completions, inside_functions
+from nextn.evaluation.prompts import (
     PACKAGED,
     PromptSet,
     check_prompt_set,
     prompt_set,
     training_token_counts,
 )
+from nextn.files import write_json
+from nextn.mtp import MTPModel
 from nextn.tables import to_table
 from nextn.training import prepare_held_out
 

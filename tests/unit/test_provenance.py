@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import nextn
-from nextn.report import provenance
+from nextn import provenance
 
 
 def git(folder: Path, *arguments: str) -> None:

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nextn.checkpoint import INDEX_FILE, TensorFiles, atomic_folder, read_json, write_json
 from nextn.config import ModelConfig, MTPConfig
 from nextn.errors import CheckpointError
+from nextn.files import INDEX_FILE, TensorFiles, atomic_folder, read_json, write_json
 from nextn.mtp import MTPModel, load_model, save_model
 from nextn.mtp.layout import dequantise
 

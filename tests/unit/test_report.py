@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from nextn import config, tables
-from nextn.report import html, plots, schema
+from nextn import config, tables, wording
+from nextn.evaluation import results
+from nextn.report import html, plots
 from nextn.training import TeacherForcedEvaluation
 from tests.unit.report_example import NUM_DEPTHS, arm, example, history
 
@@ -100,15 +101,15 @@ def test_every_generated_token_is_coloured_by_its_origin(page):
 
 def test_accepted_drafts_are_counted_in_characters_since_a_piece_may_hold_several_tokens():
     # "e with acute" in bytes is two tokens, both drafted: one piece, so counting pieces as tokens would say "1 of 2".
-    pieces = schema.pieces_of([b"n", b"\xc3", b"\xa9", b"ab"], [0, 1, 2, 1])
-    text = html.render(dataclasses.replace(example(), samples=(schema.Sample("greedy", "x", pieces),)))
+    pieces = results.pieces_of([b"n", b"\xc3", b"\xa9", b"ab"], [0, 1, 2, 1])
+    text = html.render(dataclasses.replace(example(), samples=(results.Sample("greedy", "x", pieces),)))
     assert "3 of 4 characters from accepted drafts" in text
 
 
 def test_one_of_a_thing_is_not_called_several():
     report = example()
     arm_shown = dataclasses.replace(
-        report.arms[0], plain_tok_per_s=(1.0,), speculative_tok_per_s=(2.0,), speedup=schema.Speedup(2.0, 2.0, 2.0)
+        report.arms[0], plain_tok_per_s=(1.0,), speculative_tok_per_s=(2.0,), speedup=results.Speedup(2.0, 2.0, 2.0)
     )
     text = html.render(dataclasses.replace(
         report, arms=(arm_shown,), samples=(), data=dataclasses.replace(report.data, num_validation_files=1)
@@ -125,7 +126,7 @@ def test_each_depth_has_a_colour_in_both_themes_and_a_place_in_the_legend(page, 
 
 
 def test_control_characters_and_lone_surrogates_do_not_break_the_page():
-    odd = schema.Sample("greedy", "x\x00", (schema.Piece("\x1b[0m\r", 0), schema.Piece("\udcff\x7f", 1)))
+    odd = results.Sample("greedy", "x\x00", (results.Piece("\x1b[0m\r", 0), results.Piece("\udcff\x7f", 1)))
     text = html.render(dataclasses.replace(example(), samples=(odd,)))
     text.encode("utf-8")
     assert re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text) is None
@@ -157,7 +158,7 @@ def test_every_figure_of_the_schema_is_on_the_page(page):
                  "681 files", "14 held-out files", "11.7M", "268k", *report.notes):  # fmt: skip
         assert fact in words
     for value in leaves(report.provenance):
-        assert html.plain(value)[:16].replace("T", " ") in words
+        assert wording.plain(value)[:16].replace("T", " ") in words
     for name, value, meaning in html.settings_rows(report.settings, config.Recipe):
         assert name in words
         assert value in words
@@ -220,7 +221,7 @@ def test_more_drafts_than_trained_depths_and_depths_never_reached_have_a_page_to
     never = arm("greedy", 0.0, (10, 0, 0, 0, 0, 0), (100.0,), (80.0,))
     assert never.acceptance_conditional[1:] == (None, None, None, None)
     page = Page(html.render(dataclasses.replace(example(), arms=(never, example().arms[1]))))
-    assert html.NOT_MEASURED in page.words
+    assert wording.NOT_MEASURED in page.words
 
 
 def test_writing_replaces_the_old_page_and_leaves_nothing_beside_it(tmp_path, page_text):

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextn.errors import ConfigError
+from nextn.evaluation import results
+from nextn.evaluation.repetition import repeated_text_share
 from nextn.report import schema
-from nextn.report.repetition import repeated_text_share
 from tests.unit.report_example import example, sample
 
 # ------------------------------------------------------------------------------------------------------------- schema
@@ -50,14 +51,14 @@ def test_an_unknown_key_is_named_with_the_nearest_known_one():
 
 def test_speedup_is_the_median_of_paired_ratios_not_the_ratio_of_medians():
     plain, fast = (100.0, 200.0, 300.0), (300.0, 220.0, 300.0)
-    assert schema.Speedup.of_repeats(plain, fast) == schema.Speedup(1.1, 1.0, 3.0)
+    assert results.Speedup.of_repeats(plain, fast) == results.Speedup(1.1, 1.0, 3.0)
     assert statistics.median(fast) / statistics.median(plain) == 1.5
 
 
 @pytest.mark.parametrize(("plain", "fast"), [((), ()), ((1.0,), (1.0, 2.0))])
 def test_speedup_needs_repeats_that_pair_up(plain, fast):
     with pytest.raises(ValueError, match="one by one"):
-        schema.Speedup.of_repeats(plain, fast)
+        results.Speedup.of_repeats(plain, fast)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_speedup_needs_repeats_that_pair_up(plain, fast):
         {"histogram": (1, 2, 3)},
         {"acceptance_conditional": (0.5,)},
         {"num_identical_outputs": None},
-        {"speedup": schema.Speedup(9.0, 9.0, 9.0)},
+        {"speedup": results.Speedup(9.0, 9.0, 9.0)},
     ],
 )
 def test_an_arm_that_contradicts_itself_is_refused(change):
@@ -84,12 +85,12 @@ def test_pieces_of_any_split_of_the_bytes_join_to_the_text(text, cuts):
     data = text.encode("utf-8")
     bounds = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     tokens = [data[a:b] for a, b in itertools.pairwise(bounds)]
-    pieces = schema.pieces_of(tokens, range(len(tokens)))
+    pieces = results.pieces_of(tokens, range(len(tokens)))
     assert "".join(piece.text for piece in pieces) == text
 
 
 def test_bytes_that_are_not_utf8_show_as_replacement_characters():
-    pieces = schema.pieces_of([b"a", b"\xff", b"b", b"\xc3"], [0, 1, 2, 3])
+    pieces = results.pieces_of([b"a", b"\xff", b"b", b"\xc3"], [0, 1, 2, 3])
     assert [(piece.text, piece.depth) for piece in pieces] == [("a", 0), ("\ufffd", 1), ("b", 2), ("\ufffd", 3)]
 
 

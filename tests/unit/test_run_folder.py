@@ -8,12 +8,12 @@ import pytest
 from rich.color import ColorSystem
 from rich.style import Style
 
-from nextn.checkpoint import list_checkpoints, write_json
 from nextn.cli.generate import DEPTH_STYLES
 from nextn.config import ModelConfig, Recipe, TrainingConfig
 from nextn.errors import CheckpointError, ConfigError
+from nextn.files import list_checkpoints, write_json
 from nextn.tables import to_table
-from nextn.training.state import check_run_folder, remove_old_checkpoints, remove_run
+from nextn.training.checkpoint import check_run_folder, remove_old_checkpoints, remove_run
 
 LEFTOVERS = (".step-00000004.x1", ".removed-step-00000000")
 USERS = ("notes.txt", "best/weights.txt", ".hidden/x", "step-1/x", "step-00000002-copy/x", "my-step-00000001/x")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nextn.checkpoint import atomic_folder
 from nextn.config import ModelConfig, MTPConfig
+from nextn.files import atomic_folder
 from nextn.model.moe import MixtureOfExperts
 from nextn.mtp import SCHEMES, MTPModel, load_model, save_model, storage
 from nextn.mtp.cost import model_cost

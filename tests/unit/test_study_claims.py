@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextn.errors import ConfigError
-from nextn.report.study.claims import CONFIRMED, NOT_RESOLVED, REFUTED, judge
-from nextn.report.study.compare import compare, shown
-from nextn.report.study.intervals import estimate, excludes
-from nextn.report.study.measures import MEASURES
-from nextn.report.study.results import Comparison, CurvePoint, RunResult
-from nextn.report.study.settings import Claim, Criterion
+from nextn.study.claims import CONFIRMED, NOT_RESOLVED, REFUTED, judge
+from nextn.study.compare import compare, shown
+from nextn.study.intervals import estimate, excludes
+from nextn.study.measures import MEASURES
+from nextn.study.results import Comparison, CurvePoint, RunResult
+from nextn.study.settings import Claim, Criterion
 
 PLAIN, FOUR = "next token", "4 tokens"
 SCORE = "task/arithmetic/acc"  # higher is better, where a lower loss is

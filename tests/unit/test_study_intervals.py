@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextn.report.study.intervals import estimate, excludes, t_quantile
-from nextn.report.study.results import Estimate
+from nextn.study.intervals import estimate, excludes, t_quantile
+from nextn.study.results import Estimate
 
 samples = st.lists(st.floats(-100, 100), min_size=2, max_size=8)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from nextn.report.study.ladder import (
+from nextn.study.ladder import (
     LADDER_MEASURES,
     Crossing,
     baseline_loss,
@@ -18,7 +18,7 @@ from nextn.report.study.ladder import (
     reach_targets,
     reached,
 )
-from nextn.report.study.results import CurvePoint, RunResult
+from nextn.study.results import CurvePoint, RunResult
 
 FLOPS_PER_STEP, S_PER_STEP = 1e9, 0.5
 

@@ -16,10 +16,10 @@ from nextn.data import ByteTokenizer, Corpus, Document, pack, validation_rows
 from nextn.decoding import generate
 from nextn.errors import ConfigError
 from nextn.mtp import MTPModel
-from nextn.report.study import measuring
-from nextn.report.study.measures import measure_of
-from nextn.report.study.measuring import TIMED, RunMeasures, measure_run
-from nextn.report.study.settings import MeasureConfig
+from nextn.study import measuring
+from nextn.study.measures import measure_of
+from nextn.study.measuring import TIMED, RunMeasures, measure_run
+from nextn.study.settings import MeasureConfig
 from nextn.training import PreparedData, evaluate_teacher_forced
 
 torch.set_num_threads(1)

@@ -15,15 +15,15 @@ from rich.console import Console
 
 from nextn.cli.study_output import print_result
 from nextn.errors import CheckpointError, ConfigError
-from nextn.report.study import page, plots, tables
-from nextn.report.study.claims import judge
-from nextn.report.study.compare import compare
-from nextn.report.study.cost_plots import pareto_front
-from nextn.report.study.drawing import style_of
-from nextn.report.study.measures import MEASURES
-from nextn.report.study.results import Comparison, Estimate, SettingFacts
-from nextn.report.study.settings import Claim, Criterion
-from nextn.report.study.tables import Cell, cell, comparisons_of
+from nextn.study import page, plots, tables
+from nextn.study.claims import judge
+from nextn.study.compare import compare
+from nextn.study.cost_plots import pareto_front
+from nextn.study.drawing import style_of
+from nextn.study.measures import MEASURES
+from nextn.study.results import Comparison, Estimate, SettingFacts
+from nextn.study.settings import Claim, Criterion
+from nextn.study.tables import Cell, cell, comparisons_of
 from tests.unit.study_example import BASELINE, LADDER, SEEDS, SETTINGS, example
 from tests.unit.test_report import Page, contrast
 

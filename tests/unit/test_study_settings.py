@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextn.checkpoint import write_json
 from nextn.config import MTPConfig, ObjectiveConfig, Recipe, ScheduleConfig, TrainingConfig
 from nextn.errors import CheckpointError, ConfigError
-from nextn.report.study.jobs import _environment, checked_devices
-from nextn.report.study.plan import plan_runs, recipe_as_begun, run_id
-from nextn.report.study.settings import LoadedStudy, load_study
+from nextn.files import write_json
+from nextn.study.jobs import _environment, checked_devices
+from nextn.study.plan import plan_runs, recipe_as_begun, run_id
+from nextn.study.settings import LoadedStudy, load_study
 from nextn.tables import to_table
 
 STUDIES = sorted(path for path in (Path(__file__).parents[2] / "recipes" / "studies").glob("*.toml"))

@@ -10,8 +10,8 @@ import pytest
 
 from nextn.config import CurriculumConfig, Recipe
 from nextn.data import ByteTokenizer, Corpus
-from nextn.report.study import speeds
-from nextn.report.study.speeds import NUM_SITTINGS, TURNS_PER_SITTING, Speeds, StepTimes, measure_speeds
+from nextn.study import speeds
+from nextn.study.speeds import NUM_SITTINGS, TURNS_PER_SITTING, Speeds, StepTimes, measure_speeds
 from nextn.training import PreparedData
 from tests.e2e.tiny_run import recipe_with, tokens
 

@@ -9,7 +9,12 @@ from typing import Annotated, Any
 import typer
 
 import nextn
-from nextn.checkpoint import write_json
+from nextn.bench.arms import DraftLength, arms_of
+from nextn.bench.figures import BenchReport, Setting
+from nextn.bench.page import write_page
+from nextn.bench.peer_engines import check_peers
+from nextn.bench.peers import PEERS, TRANSFORMERS
+from nextn.bench.run import Plan, approaches_of, measure, prompt_sets
 from nextn.cli.bench_output import BenchProgress, print_report
 from nextn.cli.output import interruptible, messages, status
 from nextn.decoding.engine_drafts import AS_TRAINED, DRAFTING, RECYCLED, usual_drafting
@@ -18,15 +23,10 @@ from nextn.decoding.request import longest_draft, resolve_draft_length, resolve_
 from nextn.decoding.sampling import SamplingConfig
 from nextn.decoding.verify import VERIFIERS
 from nextn.errors import GenerationError
+from nextn.evaluation.prompts import CODE, HELD_OUT, check_prompt_set
+from nextn.files import write_json
 from nextn.mtp import MTPModel, find_checkpoint
-from nextn.report.bench_arms import DraftLength, arms_of
-from nextn.report.bench_figures import BenchReport, Setting
-from nextn.report.bench_page import write_page
-from nextn.report.bench_run import Plan, approaches_of, measure, prompt_sets
-from nextn.report.peer_engines import check_peers
-from nextn.report.peers import PEERS, TRANSFORMERS
-from nextn.report.prompts import CODE, HELD_OUT, check_prompt_set
-from nextn.report.provenance import collect
+from nextn.provenance import collect
 from nextn.tables import to_table
 
 USUAL = {"batch_sizes": "1", "temperatures": "0,1", "context": ""}

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from nextn.bench.approaches import Approach
+from nextn.bench.figures import BenchReport, Setting, SettingFigures
+from nextn.bench.peers import PeerFigures
 from nextn.cli.output import figures_table, results
-from nextn.report.approaches import Approach
-from nextn.report.bench_figures import BenchReport, Setting, SettingFigures
-from nextn.report.html import count, duration, plural
-from nextn.report.peers import PeerFigures
+from nextn.wording import count, duration, plural
 
 
 class BenchProgress:

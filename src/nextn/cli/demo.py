@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 import nextn
-from nextn.checkpoint import list_checkpoints, read_json, write_json
 from nextn.cli.output import interruptible, messages, print_arms, print_evaluation, status
 from nextn.config import Recipe, load_recipe
 from nextn.errors import ConfigError
+from nextn.evaluation.free_running import ARMS, acceptance_probe
+from nextn.files import list_checkpoints, read_json, write_json
 from nextn.model.device import resolve_device
+from nextn.provenance import collect
 from nextn.report.html import write_report
-from nextn.report.measurement import ARMS, acceptance_probe
-from nextn.report.provenance import collect
 from nextn.report.run import report_of_run
 from nextn.report.schema import to_table
 from nextn.training import (

@@ -16,19 +16,19 @@ from rich.markup import escape
 from rich.table import Table
 
 import nextn
-from nextn.checkpoint import read_json, write_json
 from nextn.cli.output import messages, status
 from nextn.config import DataConfig
 from nextn.data import Document, PackedTokens, Tokenizer, pack, validation_rows
 from nextn.errors import CheckpointError, ConfigError, DataError
-from nextn.interop.doctor import Diagnosis, Finding, Service, examine, services
-from nextn.mtp import MTPModel
-from nextn.report.conventions import (
+from nextn.evaluation.conventions import (
     convention_findings,
     measure_conventions,
     most_frequent_share,
 )
-from nextn.report.provenance import collect
+from nextn.files import read_json, write_json
+from nextn.interop.doctor import Diagnosis, Finding, Service, examine, services
+from nextn.mtp import MTPModel
+from nextn.provenance import collect
 from nextn.training import prepare_held_out, read_recipe
 
 STYLES = {"ok": "green", "info": "dim", "warning": "yellow", "problem": "bold red"}

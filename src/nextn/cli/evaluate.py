@@ -10,18 +10,18 @@ import typer
 from rich.console import Console
 
 import nextn
-from nextn.checkpoint import read_json, write_json
 from nextn.cli.output import messages, print_evaluation, print_task_scores, status
 from nextn.config import Recipe
 from nextn.data import validation_rows
 from nextn.data.sources import is_path
 from nextn.errors import ConfigError, DataError
+from nextn.evaluation.free_running import acceptance_probe
+from nextn.files import read_json, write_json
 from nextn.mtp import check_scheme, find_checkpoint
-from nextn.report.html import plural
-from nextn.report.measurement import acceptance_probe
-from nextn.report.provenance import collect
+from nextn.provenance import collect
 from nextn.tables import to_table
 from nextn.training import evaluate_teacher_forced, prepare_held_out, read_recipe
+from nextn.wording import plural
 
 USUAL_BATCH_SIZE = 8
 """Rows of a task scored at once."""
@@ -151,7 +151,7 @@ def _evaluate_tasks(
     draft_length: int | None,
 ) -> None:
     """Run tasks of lm-evaluation-harness, which is imported only here."""
-    from nextn.report.tasks import TaskSelection, evaluate_tasks
+    from nextn.evaluation.tasks import TaskSelection, evaluate_tasks
 
     console = messages()
     selection = TaskSelection.find([name.strip() for name in names.split(",") if name.strip()], include_path)

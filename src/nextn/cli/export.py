@@ -9,7 +9,7 @@ import typer
 
 from nextn.cli.output import messages, status
 from nextn.interop.export import export_model
-from nextn.report.provenance import collect
+from nextn.provenance import collect
 
 
 def export(

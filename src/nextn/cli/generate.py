@@ -18,9 +18,9 @@ from nextn.decoding.decoder import PROMPT_LOOKUP
 from nextn.decoding.request import resolve_verifier
 from nextn.decoding.vocabulary import DraftVocabulary
 from nextn.errors import GenerationError
+from nextn.evaluation.results import pieces_of
 from nextn.model.prepared import WEIGHT_FORMS, WeightForm
 from nextn.mtp import MTPModel
-from nextn.report.schema import pieces_of
 
 DEPTH_STYLES = ("", "black on #6ad4f5", "black on #7fe58a", "black on #f5dd8a", "black on #ff9a70", "black on #e88af5")
 """Colour of a token by its place in the draft: none for the trunk's own; places beyond the last take the last.

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nextn.report.schema import DecodingArm
+from nextn.evaluation.results import DecodingArm
 
 if TYPE_CHECKING:  # importing it needs lm-evaluation-harness
-    from nextn.report.tasks import TaskScore
+    from nextn.evaluation.tasks import TaskScore
 
 
 WIDTH = 120

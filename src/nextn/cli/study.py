@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from nextn.checkpoint import make_folder
 from nextn.cli.output import interruptible, messages, results, status
 from nextn.cli.study_output import StudyProgress, print_plan, print_result
-from nextn.report.study.jobs import checked_devices
-from nextn.report.study.page import write_page
-from nextn.report.study.run import locked, plan_study, run_study
-from nextn.report.study.settings import load_study
-from nextn.report.study.tables import write_csv, write_json
+from nextn.files import make_folder
+from nextn.study.jobs import checked_devices
+from nextn.study.page import write_page
+from nextn.study.run import locked, plan_study, run_study
+from nextn.study.settings import load_study
+from nextn.study.tables import write_csv, write_json
 
 
 def study(

@@ -13,13 +13,13 @@ from rich.table import Table
 
 from nextn.cli.output import figures_table
 from nextn.mtp.cost import model_cost, training_flops, weightless_model
-from nextn.report.html import NOT_MEASURED, count, duration, plural
-from nextn.report.study.compare import known_measure, shown
-from nextn.report.study.jobs import Job
-from nextn.report.study.results import Comparison, StudyResult, Verdict
-from nextn.report.study.run import StudyPlan
-from nextn.report.study.settings import MeasureConfig
-from nextn.report.study.tables import NOT_RESOLVED, comparisons_of, difference_text, title_of
+from nextn.study.compare import known_measure, shown
+from nextn.study.jobs import Job
+from nextn.study.results import Comparison, StudyResult, Verdict
+from nextn.study.run import StudyPlan
+from nextn.study.settings import MeasureConfig
+from nextn.study.tables import NOT_RESOLVED, comparisons_of, difference_text, title_of
+from nextn.wording import NOT_MEASURED, count, duration, plural
 
 PLAIN_LINE_EVERY_S = 30.0
 """Where there is no terminal, at most one line in this many seconds, and one for every finished run."""

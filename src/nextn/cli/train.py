@@ -11,11 +11,11 @@ from rich.console import Console
 from nextn.cli.output import interruptible, messages, print_evaluation, status
 from nextn.config import load_recipe
 from nextn.errors import ConfigError
+from nextn.evaluation.free_running import acceptance_probe
 from nextn.model.device import resolve_device
-from nextn.report.measurement import acceptance_probe
-from nextn.report.provenance import collect
-from nextn.report.schedule import print_dry_run
+from nextn.provenance import collect
 from nextn.training import Trainer, check_recipe, check_run_folder, fit_vocabulary, new_model, prepare_data
+from nextn.training.dry_run import print_dry_run
 
 
 def train(

@@ -11,14 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 import nextn
-from nextn.checkpoint import write_json
 from nextn.cli.output import figures_table, interruptible, messages, status
 from nextn.decoding.decoder import PROMPT_LOOKUP
+from nextn.evaluation.prompts import CODE, HELD_OUT, PromptSet, check_prompt_set, prompt_set
+from nextn.files import write_json
+from nextn.lossless import Check, Subject, bfloat16_divergence, lossless_checks
 from nextn.mtp import find_checkpoint
-from nextn.report.html import plural
-from nextn.report.lossless import Check, Subject, bfloat16_divergence, lossless_checks
-from nextn.report.prompts import CODE, HELD_OUT, PromptSet, check_prompt_set, prompt_set
-from nextn.report.provenance import collect
+from nextn.provenance import collect
+from nextn.wording import plural
 
 USUAL_PROMPTS, USUAL_NEW_TOKENS = 8, 64
 

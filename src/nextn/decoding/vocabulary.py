@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nextn.checkpoint import read_json, write_text
 from nextn.errors import CheckpointError, GenerationError
+from nextn.files import read_json, write_text
 
 
 @dataclass(frozen=True, eq=False)

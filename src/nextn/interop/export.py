@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nextn.checkpoint import MAX_SHARD_BYTES, atomic_folder, write_json
 from nextn.errors import ExportError
+from nextn.files import MAX_SHARD_BYTES, atomic_folder, write_json
 from nextn.interop.canonical import canonical
 from nextn.interop.engines import launch_line, reasons_against
 from nextn.interop.gguf import write_gguf

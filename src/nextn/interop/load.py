@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from nextn.checkpoint import TensorFiles, read_json
 from nextn.config import MTPConfig
 from nextn.errors import CheckpointError, ConfigError, DeviceError
+from nextn.files import TensorFiles, read_json
 from nextn.interop.adapter import TransformersTrunk
 from nextn.interop.families import COPIES, FAMILIES, Family, count_keys, family_of, text_config
 from nextn.model.device import resolve_device

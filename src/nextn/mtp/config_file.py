@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nextn.checkpoint import read_json
 from nextn.config import ModelConfig, MTPConfig
 from nextn.errors import CheckpointError, ConfigError
+from nextn.files import read_json
 from nextn.mtp.layout import FP8_BLOCK, RELEASED_SCHEME
 from nextn.tables import from_table, to_table
 

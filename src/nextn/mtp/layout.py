@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from nextn.checkpoint import TensorFiles
 from nextn.config import ModelConfig, MTPConfig
 from nextn.errors import CheckpointError
+from nextn.files import TensorFiles
 
 RELEASED_SCHEME = "sequential"
 """The scheme of DeepSeek's released weights, whose layout it is stored in."""

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nextn.checkpoint import MAX_SHARD_BYTES, TensorFiles, list_checkpoints, write_json, write_weights
 from nextn.config import ModelConfig
 from nextn.data.tokenizers import load_tokenizer
 from nextn.errors import CheckpointError, ConfigError, DeviceError
+from nextn.files import MAX_SHARD_BYTES, TensorFiles, list_checkpoints, write_json, write_weights
 from nextn.model.device import resolve_device
 from nextn.mtp.config_file import CONFIG_FILE, config_table, fp8_block, read_config
 from nextn.mtp.layout import copy_of, from_released_names, mtp_module, read_released, to_released_names
@@ -31,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def save_model(model: MTPModel, folder: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write the model, and its tokenizer if it has one, into an existing folder (see `checkpoint.atomic_folder`)."""
+    """Write the model, and its tokenizer if it has one, into an existing folder (see `files.atomic_folder`)."""
     state = {name: tensor for name, tensor in model.state_dict().items() if not _is_alias(name, model.config)}
     write_weights(folder, to_released_names(state, model.config, model.mtp_config), max_shard_bytes)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")

@@ -1,1 +1,1 @@
-"""One run as a page: what a report holds (`schema`), where it came from (`provenance`), its plots and its HTML."""
+"""The page of a run: its schema, its plots, and the parts that other pages share."""

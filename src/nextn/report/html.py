@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,10 +11,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from nextn import checkpoint
+from nextn import files
 from nextn.config import Recipe
-from nextn.report.schema import DecodingArm, RunReport, Sample
+from nextn.evaluation.results import DecodingArm, Sample
+from nextn.report.schema import RunReport
 from nextn.tables import flattened
+from nextn.wording import TIMES, count, duration, fixed, percent, plain, plural, visible
 
 # Depth 0 is drawn in ink. Depths 1..n take colours along these ramps, in which hue and lightness both change, so that
 # the order shows without colour vision too.
@@ -24,9 +25,7 @@ _ARM_COLOURS = {
     "light": ("#c2410c", "#0b7a5e", "#8a6a00", "#475569", "#3462cf", "#a21caf", "#0e7490", "#be123c"),
     "dark": ("#ff9d66", "#4fd0a5", "#e3c04b", "#a9b4c4", "#74a5ff", "#e58cf0", "#5fd6e8", "#ff8aa3"),
 }
-TIMES, NOT_MEASURED = "\u00d7", "\u2013"
 _TINT_OPACITY = {"light": (0.16, 0.30), "dark": (0.24, 0.42)}  # of the first and the last depth
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +55,13 @@ def render(report: RunReport) -> str:
     )
 
 
-def template(name: str) -> jinja2.Template:
-    """A page's template; whatever is filled in is escaped."""
+def template(name: str, package: str = "nextn.report") -> jinja2.Template:
+    """A page's template, from the package it belongs to; it may include those of `nextn.report`.
+
+    Whatever is filled in is escaped.
+    """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("nextn.report", "."),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(place, ".") for place in (package, "nextn.report")]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -74,7 +76,7 @@ def template(name: str) -> jinja2.Template:
 
 def write_report(report: RunReport, path: Path) -> None:
     """Render to `path`, atomically, replacing an older file. Raises CheckpointError when that cannot be written."""
-    checkpoint.write_text(path, render(report))
+    files.write_text(path, render(report))
 
 
 def headline(report: RunReport) -> list[str]:
@@ -157,64 +159,9 @@ def settings_rows(table: Mapping[str, Any], kind: Any, prefix: str = "") -> Iter
             yield f"{prefix}{key}", plain(value), meanings.get(key, "")
 
 
-def visible(text: str) -> str:
-    """Text whose control characters, which HTML forbids, are replaced by their pictures; tabs and line ends stay.
-
-    >>> visible("a\\x00b")
-    'a␀b'
-    """
-    text = text.encode("utf-8", errors="replace").decode("utf-8")  # lone surrogates cannot be written
-    return _CONTROL.sub(lambda match: "␡" if match.group() == "\x7f" else chr(0x2400 + ord(match.group())), text)
-
-
 def manner(arm: DecodingArm) -> str:
     """How the arm chooses tokens, for readers: `greedy`, or its name with the temperature."""
     return arm.name if arm.temperature == 0 else f"{arm.name} at temperature {arm.temperature:g}"
-
-
-def percent(share: float | None, digits: int = 0) -> str:
-    """`0.123` as `12%`; a dash for what was not measured."""
-    return NOT_MEASURED if share is None else f"{share:.{digits}%}"
-
-
-def fixed(value: float | None, digits: int = 2) -> str:
-    """A number with a fixed number of decimals; a dash for what was not measured."""
-    return NOT_MEASURED if value is None else f"{value:.{digits}f}"
-
-
-def count(number: int) -> str:
-    """A count with three digits: `4 310 000` as `4.31M`."""
-    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return str(number)
-
-
-def plural(number: int, noun: str) -> str:
-    """A count with its noun.
-
-    >>> plural(1, "prompt"), plural(2, "prompt")
-    ('1 prompt', '2 prompts')
-    """
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def duration(seconds: float) -> str:
-    """`251.0` as `4 min 11 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def plain(value: Any) -> str:
-    """A setting or fact as text: lists without brackets, None as `none`, booleans in lower case."""
-    if isinstance(value, list | tuple):
-        return " ".join(plain(item) for item in value) or "none"
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return "none" if isinstance(value, Mapping) else visible(str(value))
 
 
 def expert_loads(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[float]]]:

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from nextn.report.schema import DecodingArm, Speedup
+from nextn.evaluation.results import DecodingArm, Speedup
 from nextn.training import TeacherForcedEvaluation
 
 WIDTH, HEIGHT = 410, 280  # px of the page at scale 1

@@ -9,21 +9,15 @@ from typing import Any
 import torch
 
 from nextn.config import Recipe
+from nextn.evaluation.free_running import ARMS, held_out_prompts, mean_repeated_share, measure_arm
+from nextn.evaluation.results import DecodingArm, Sample
 from nextn.mtp import MTPModel
 from nextn.mtp.cost import model_cost
-from nextn.report.html import plural
-from nextn.report.measurement import ARMS, held_out_prompts, mean_repeated_share, measure_arm
-from nextn.report.provenance import measuring_moment
-from nextn.report.schema import (
-    DataFacts,
-    DecodingArm,
-    ModelFacts,
-    RunReport,
-    Sample,
-    TrainingFacts,
-)
+from nextn.provenance import measuring_moment
+from nextn.report.schema import DataFacts, ModelFacts, RunReport, TrainingFacts
 from nextn.tables import to_table
 from nextn.training import PreparedData, TeacherForcedEvaluation, read_metrics
+from nextn.wording import plural
 
 NUM_SAMPLES = 3
 """Texts shown per arm."""

@@ -13,22 +13,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from nextn.checkpoint import list_checkpoints, make_folder, write_json
 from nextn.config import Recipe
 from nextn.data import PackedTokens, RowSampler, token_importance, validation_rows
 from nextn.errors import CheckpointError, DivergenceError
+from nextn.files import list_checkpoints, make_folder, write_json
 from nextn.model.balancing import update_routing_biases
 from nextn.model.device import require_compiler, resolve_device
 from nextn.mtp import MTPModel
 from nextn.objective import Progress, StepObjective, batch_totals
 from nextn.tables import to_table
-from nextn.training.evaluation import evaluate_teacher_forced
-from nextn.training.hardware import resolve_precision
-from nextn.training.metrics import MetricsWriter, read_metrics, require_tensorboard
-from nextn.training.optimizer import TrainingOptimizer
-from nextn.training.prepare import check_recipe
-from nextn.training.progress import TrainingProgress
-from nextn.training.state import (
+from nextn.training.checkpoint import (
     RunState,
     TrainingClock,
     check_run_folder,
@@ -38,6 +32,12 @@ from nextn.training.state import (
     seed_generators,
     tokens_sha256,
 )
+from nextn.training.evaluation import evaluate_teacher_forced
+from nextn.training.hardware import resolve_precision
+from nextn.training.metrics import MetricsWriter, read_metrics, require_tensorboard
+from nextn.training.optimizer import TrainingOptimizer
+from nextn.training.prepare import check_recipe
+from nextn.training.progress import TrainingProgress
 
 
 @dataclass(frozen=True)

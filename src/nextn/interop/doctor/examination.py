@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nextn.checkpoint import TensorFiles
 from nextn.errors import CheckpointError
+from nextn.files import TensorFiles
 from nextn.interop.doctor import fit, laws, values
 from nextn.interop.doctor.diagnosis import CONVENTIONS, Diagnosis
 from nextn.interop.doctor.finding import Finding, counted, some

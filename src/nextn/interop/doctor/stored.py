@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from nextn.checkpoint import INDEX_FILE, PICKLE_SUFFIXES, WEIGHTS_FILE, read_json
 from nextn.errors import CheckpointError
+from nextn.files import INDEX_FILE, PICKLE_SUFFIXES, WEIGHTS_FILE, read_json
 from nextn.interop.families import FAMILIES, Family, count_keys, family_of, text_config
 from nextn.interop.gguf_layout import ARCHITECTURE
 from nextn.mtp import find_checkpoint

@@ -1,0 +1,1 @@
+"""`nextn bench`: arms timed in turn, figures, verdict and page."""

@@ -1,0 +1,1 @@
+"""Measuring a trained model: free-running acceptance, conventions, tasks, prompts and completions."""
