@@ -346,7 +346,7 @@ def test_a_report_without_drafts_peers_and_approaches_has_a_page_too():
     report = BenchReport.of_settings(
         "m", [figures], peers=(), approaches=(), notes=(), options={"num_repeats": 1}, provenance={}
     )
-    assert "Only plain decoding was measured" in "".join(Page(page.render(report)).words)
+    assert "Only plain decoding was measured" in "".join(Page(bench_page.render(report)).words)
 
 
 def test_the_report_goes_to_json_with_its_verdicts(report: BenchReport):
