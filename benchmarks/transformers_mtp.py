@@ -14,7 +14,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
 
 from nextn.mtp import MTPModel
-from nextn.mtp.storage import config_table
+from nextn.mtp.config_file import config_table
 
 
 class Module(nn.Module):

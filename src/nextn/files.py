@@ -71,11 +71,16 @@ def make_folder(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(content)
             _flush_to_disk(temporary)
             temporary.replace(path)
         finally:
@@ -149,6 +154,29 @@ def write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_bytes: 
     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})
 
 
+def add_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Add tensors to a model's files as a further shard, and name all of them in the index.
+
+    Use inside `atomic_folder`. The first files keep what they hold; their names count one shard more.
+    """
+    if (folder / INDEX_FILE).exists():
+        index = read_json(folder / INDEX_FILE)
+        slots, num_bytes = dict(index["weight_map"]), index.get("metadata", {}).get("total_size", 0)
+    else:
+        opened = TensorFiles.open(folder)
+        slots = dict.fromkeys(opened.names, WEIGHTS_FILE)
+        num_bytes = sum(opened.read(name).nbytes for name in opened.names)
+    files = sorted(set(slots.values()))
+    names = [f"model-{number:05d}-of-{len(files) + 1:05d}.safetensors" for number in range(1, len(files) + 2)]
+    renamed = dict(zip(files, names, strict=False))
+    for old, new in renamed.items():
+        (folder / old).rename(folder / new)
+    write_tensors(folder / names[-1], tensors)
+    slots = {name: renamed[file] for name, file in slots.items()} | dict.fromkeys(tensors, names[-1])
+    total = num_bytes + sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": slots})
+
+
 class TensorFiles:
     """The tensors of a model's files, known by their headers and read one at a time.
 
@@ -171,9 +199,10 @@ class TensorFiles:
         """
         if not path.is_dir():
             return cls({path: _open(path)})
-        if (path / WEIGHTS_FILE).exists():
+        has_index = (path / INDEX_FILE).exists()
+        if (path / WEIGHTS_FILE).exists() and not (has_index and _index_names(path, WEIGHTS_FILE)):
             return cls({path / WEIGHTS_FILE: _open(path / WEIGHTS_FILE)})
-        if not (path / INDEX_FILE).exists():
+        if not has_index:
             pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
             found = f"only pickle files ({', '.join(pickles)}), which are refused" if pickles else "none"
             raise CheckpointError(f"{path} should hold weights as {WEIGHTS_FILE} or {INDEX_FILE}; found {found}")
@@ -224,6 +253,13 @@ class TensorFiles:
 
     def _slice(self, name: str) -> Any:
         return self._files[self._places[name]].get_slice(name)
+
+
+def _index_names(folder: Path, file: str) -> bool:
+    """The folder's index names that file: it is one shard among others, not a whole model beside an old index."""
+    index = read_json(folder / INDEX_FILE)
+    slots = index.get("weight_map") if isinstance(index, dict) else None
+    return isinstance(slots, dict) and file in slots.values()
 
 
 def _open(path: Path) -> Any:

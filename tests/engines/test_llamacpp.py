@@ -17,7 +17,7 @@ from nextn.data.tokenizers import ByteTokenizer, Tokenizer, build_tokenizer
 from nextn.interop.engine_clients import LlamaCppServer, llamacpp_server
 from nextn.interop.gguf import write_gguf
 from nextn.mtp import MTPModel
-from nextn.mtp.storage import save_model
+from nextn.mtp.store import save_model
 from tests.engines.conftest import TEXT, TrainedModel, engine_file, random_model
 
 pytestmark = pytest.mark.engines

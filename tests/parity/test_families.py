@@ -119,10 +119,10 @@ def test_the_table_names_every_family_of_these_tests_and_a_source_for_each_entry
 
 def test_a_stored_name_leads_to_the_place_it_was_made_from():
     for family in TABLE:
-        for module in range(2 if any("{" in stored for stored, _ in family.layout[:1]) else 1):
+        for module in range(2 if any("{" in stored for stored, _ in list(family.layout)[:1]) else 1):
             for _, inside in family.layout:
-                name = family.stored_name(module, f"{inside}weight", num_layers=4)
-                located = family.locate(name, num_layers=4)
+                name = family.layout.stored_name(module, f"{inside}weight", num_layers=4)
+                located = family.layout.locate(name, num_layers=4)
                 assert located is not None
                 assert located[1] == f"{inside}weight"
                 assert located[0] in (0, module)

@@ -434,7 +434,7 @@ def test_every_family_is_examined_in_its_own_layout(tmp_path: Path):
         inside = ["enorm.weight", "hnorm.weight", "eh_proj.weight", matrix]
         inside += ["shared_head.norm.weight"] * (family.head_norm == "own")
         shapes = {"eh_proj.weight": (4, 8), matrix: (4, 4)}
-        state = {family.stored_name(0, name, 2): torch.randn(shapes.get(name, (4,))) for name in inside}
+        state = {family.layout.stored_name(0, name, 2): torch.randn(shapes.get(name, (4,))) for name in inside}
         state["model.layers.1.self_attn.o_proj.weight"] = torch.randn(4, 4)
         table = {"model_type": family.model_types[0], "num_hidden_layers": 2, "hidden_size": 4}
         if family.count_key:
@@ -447,7 +447,7 @@ def test_every_family_is_examined_in_its_own_layout(tmp_path: Path):
         assert problems(diagnosis) == [], family.name
         assert (diagnosis.num_stored, diagnosis.num_mtp_tensors) == (1, len(inside)), family.name
         assert dict(diagnosis.conventions)["concat"] == family.concat
-        projection = family.stored_name(0, "eh_proj.weight", 2)
+        projection = family.layout.stored_name(0, "eh_proj.weight", 2)
         rewrite(folder, lambda s, name=projection: s.pop(name))
         assert problems(examine(folder)) == ["MTP incomplete"], family.name
 
@@ -485,7 +485,7 @@ def test_engines_that_cannot_run_the_modules_say_why(tmp_path: Path):
     assert found["transformers"].runs_mtp
     assert found["transformers"].launch_line
     assert not found["vllm"].runs_mtp
-    settings = read_config(tmp_path / "a")
+    settings = read_config(read_json(tmp_path / "a" / "config.json"), tmp_path / "a")
     assert list(found["vllm"].reasons) == reasons_against("vllm", *settings) != []
     found = {s.engine: s for s in services(examine(saved(tmp_path / "b", concat="hidden_first")))}
     assert found["transformers"].export.startswith("nextn export")

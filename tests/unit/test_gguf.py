@@ -18,7 +18,7 @@ from nextn.interop import gguf_layout
 from nextn.interop.gguf import GgufFile, write_gguf
 from nextn.interop.requirements import reasons_against_llamacpp
 from nextn.mtp import MTPModel
-from nextn.mtp.storage import save_model
+from nextn.mtp.store import save_model
 
 pytest.importorskip("gguf", reason="the gguf extra is not installed")
 

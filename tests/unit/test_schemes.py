@@ -15,7 +15,7 @@ from torch import Tensor
 from nextn.config import ModelConfig, MTPConfig
 from nextn.files import atomic_folder
 from nextn.model.moe import MixtureOfExperts
-from nextn.mtp import SCHEMES, MTPModel, load_model, save_model, storage
+from nextn.mtp import SCHEMES, MTPModel, load_model, released, save_model
 from nextn.mtp.cost import model_cost
 
 from .test_mtp_laws import TINY, VARIANTS, tokens
@@ -67,7 +67,7 @@ def test_save_perturb_save_load_is_exact(tmp_path: Path, variant: str, config: M
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_tensor_that_is_not_written_anew_or_comes_back_wrong_is_caught(tmp_path: Path, monkeypatch, variant: str):
-    right_write, right_read = storage.to_released_names, storage.from_released_names
+    right_write, right_read = released.to_released_names, released.from_released_names
     first: dict[str, Tensor] = {}
 
     def writes_the_first_norm(state, *arguments):
@@ -80,7 +80,7 @@ def test_a_tensor_that_is_not_written_anew_or_comes_back_wrong_is_caught(tmp_pat
         return {name: t.flip(1) if name.endswith("gate_up_proj") else t for name, t in state.items()}
 
     for name, broken in (("to_released_names", writes_the_first_norm), ("from_released_names", reads_up_before_gate)):
-        monkeypatch.setattr(storage, name, broken)
+        monkeypatch.setattr(released, name, broken)
         with pytest.raises(AssertionError, match="came back changed"):
             check_save_perturb_save_load(MTPModel(TINY, VARIANTS[variant]).initialize(seed=1), tmp_path / name)
         monkeypatch.undo()

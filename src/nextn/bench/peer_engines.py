@@ -16,7 +16,8 @@ from nextn.interop.adapter import TransformersTrunk
 from nextn.interop.engine_clients import Completion, llamacpp_binary, llamacpp_server, vllm_python, vllm_server
 from nextn.interop.engines import layer_patterns
 from nextn.interop.export import export_model
-from nextn.interop.load import load_with_transformers, quiet
+from nextn.interop.hf_layout import quiet
+from nextn.interop.load import load_with_transformers
 from nextn.mtp import MTPModel
 from nextn.mtp.config_file import num_released_modules
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from nextn.errors import ConfigError
+from nextn.interop.families import family_of
+from nextn.interop.hf_layout import TransformersLayout
 from nextn.interop.layers import (
     ATTENTION,
     RECURRENT,
@@ -48,15 +50,22 @@ class TransformersTrunk(nn.Module):
         model: from `AutoModelForCausalLM`, with weights.
         block_settings: fields of the model's config that differ for `new_block`; a list is for the block's layers,
             `layer_types` says how many. None: one, like the trunk's last layer that attends.
+        layout: how the model lies in a folder; None: as its family does.
 
     Raises:
         ConfigError: the model has no such parts, a kind of layer or a setting that nextn cannot run, or computes
             something else with the parts than the adapter does.
     """
 
-    def __init__(self, model: nn.Module, block_settings: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        block_settings: Mapping[str, Any] | None = None,
+        layout: TransformersLayout | None = None,
+    ):
         super().__init__()
         self.model = model
+        self.layout = layout or TransformersLayout(family_of(model.config.to_dict()))  # type: ignore[operator, union-attr]
         self.name = type(model).__name__
         self._norm_name = _check_parts(model)
         self.config = self._decoder.config

@@ -61,7 +61,7 @@ def canonical(model: MTPModel) -> MTPModel:
         assert name.endswith("shared_head.norm.weight"), name
         state[name] = state["trunk.model.norm.weight"]
     rewritten.load_state_dict(state)
-    rewritten.tokenizer = model.tokenizer
+    rewritten.tokenizer, rewritten.origin = model.tokenizer, model.origin
     return rewritten.train(model.training)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from nextn.interop.engine_process import HOST, Server, free_port, served
 from nextn.interop.engines import VLLM_COMPILATION, vllm_speculation
 from nextn.mtp.config_file import read_config
+from nextn.mtp.store import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def vllm_server(
         dtype: float32 or bfloat16.
         stock_rotation: leave vLLM's own rotary operation on, which is wrong here (see `VLLM_COMPILATION`).
     """
-    config, _ = read_config(folder)
+    config, _ = read_config(ModelFolder.open(folder).table, folder)
     port = free_port()
     command: list[str | Path] = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     command += ["--host", HOST, "--port", str(port), "--dtype", dtype, "--enforce-eager", "--no-enable-prefix-caching"]

@@ -11,18 +11,15 @@ Paths in sources: "transformers" is version 5.23, "vLLM" 0.32 (vllm/model_execut
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nextn.config import MTPConfig
 from nextn.errors import ConfigError
+from nextn.mtp.layout import ModuleNames, appended
 
 Norm = Literal["post_norm", "pre_norm"]
-
-COPIES = {"embed_tokens.weight": "embedding", "shared_head.head.weight": "output head"}
-"""Module tensors that repeat one of the trunk's (see `Family.locate`)."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +30,7 @@ class Family:
         name: for people.
         model_types: `model_type` in config.json; the text model's and the multimodal one's where both exist.
         count_key: config.json's key for the number of modules; None: not declared, the stored tensors say it.
-        layout: (prefix in the file, prefix inside a `FusionModule`), the first that fits counts. `{module}` is the
-            module's number (0-based), `{layer}` the same plus the trunk's number of layers; neither: module 0.
+        layout: how files name the modules' tensors.
         concat: order of the projection's two inputs.
         trunk_hidden: h[0], the trunk's state after or before its final norm.
         carry: what the next depth reads; None: one module, and nobody runs it again.
@@ -51,7 +47,7 @@ class Family:
     name: str
     model_types: tuple[str, ...]
     count_key: str | None
-    layout: tuple[tuple[str, str], ...]
+    layout: ModuleNames
     concat: Literal["embed_first", "hidden_first"]
     trunk_hidden: Norm | None
     carry: Norm | None
@@ -78,35 +74,6 @@ class Family:
             dense_blocks=self.dense_blocks,
         )
 
-    def locate(self, name: str, num_layers: int) -> tuple[int, str] | None:
-        """Module (0-based) and name inside it of a stored tensor; None for one of the trunk's.
-
-        Inside are `enorm.`, `hnorm.`, `eh_proj.`, `shared_head.norm.`, `block.` and the names in `COPIES`.
-
-        >>> family_of({"model_type": "mimo"}).locate("model.mtp_layers.0.input_proj.weight", num_layers=36)
-        (0, 'eh_proj.weight')
-        """
-        for stored, inside in self.layout:
-            match = re.match(_pattern(stored), name)
-            if match is None:
-                continue
-            number = int(match[1]) if match.groups() else 0
-            module = number - num_layers if "{layer}" in stored else number
-            if module >= 0:
-                return module, inside + name[match.end() :]
-        return None
-
-    def stored_name(self, module: int, inside: str, num_layers: int) -> str:
-        """The inverse of `locate`. Raises KeyError for a name that the layout has no place for.
-
-        >>> family_of({"model_type": "mimo"}).stored_name(0, "eh_proj.weight", num_layers=36)
-        'model.mtp_layers.0.input_proj.weight'
-        """
-        for stored, prefix in self.layout:
-            if inside.startswith(prefix):
-                return stored.format(module=module, layer=num_layers + module) + inside.removeprefix(prefix)
-        raise KeyError(inside)
-
     def num_declared(self, table: Mapping[str, Any]) -> int | None:
         """Modules that config.json declares; None where the family does not declare them.
 
@@ -124,8 +91,8 @@ class Family:
 
     def num_stored(self, names: Iterable[str], num_layers: int) -> int:
         """Modules of which at least one tensor is stored (the highest number + 1)."""
-        places = [place for name in names if (place := self.locate(name, num_layers)) is not None]
-        return max((module + 1 for module, _ in places), default=0)
+        located = [found for name in names if (found := self.layout.locate(name, num_layers)) is not None]
+        return max((module + 1 for module, _ in located), default=0)
 
 
 def family_of(table: Mapping[str, Any]) -> Family | None:
@@ -145,31 +112,14 @@ def count_keys() -> tuple[str, ...]:
     return tuple(sorted({family.count_key for family in FAMILIES if family.count_key}))
 
 
-def _pattern(stored: str) -> str:
-    """A prefix of the layout as a regular expression; a number is its group 1."""
-    return re.sub(r"\\\{(module|layer)\\\}", r"(\\d+)", re.escape(stored))
-
-
-def _appended(norm: str = "shared_head.norm.", head: str = "shared_head.head.") -> tuple[tuple[str, str], ...]:
-    """Modules as further layers: `model.layers.{L}.enorm.weight` (DeepSeek's layout)."""
-    layer = "model.layers.{layer}."
-    return (
-        (layer + "enorm.", "enorm."),
-        (layer + "hnorm.", "hnorm."),
-        (layer + "eh_proj.", "eh_proj."),
-        (layer + norm, "shared_head.norm."),
-        (layer + head, "shared_head.head."),
-        (layer + "embed_tokens.", "embed_tokens."),
-        (layer, "block."),
+_QWEN = ModuleNames(
+    (
+        ("mtp.fc.", "eh_proj."),
+        ("mtp.pre_fc_norm_embedding.", "enorm."),
+        ("mtp.pre_fc_norm_hidden.", "hnorm."),
+        ("mtp.norm.", "shared_head.norm."),
+        ("mtp.layers.{module}.", "block."),
     )
-
-
-_QWEN = (
-    ("mtp.fc.", "eh_proj."),
-    ("mtp.pre_fc_norm_embedding.", "enorm."),
-    ("mtp.pre_fc_norm_hidden.", "hnorm."),
-    ("mtp.norm.", "shared_head.norm."),
-    ("mtp.layers.{module}.", "block."),
 )
 
 FAMILIES = (
@@ -177,7 +127,7 @@ FAMILIES = (
         name="DeepSeek-V3",
         model_types=("deepseek_v3",),
         count_key="num_nextn_predict_layers",
-        layout=_appended(),
+        layout=appended(),
         concat="embed_first",
         trunk_hidden="post_norm",
         carry="post_norm",
@@ -191,7 +141,7 @@ FAMILIES = (
         name="GLM-4.5 / 4.6 (mixture of experts)",
         model_types=("glm4_moe",),
         count_key="num_nextn_predict_layers",
-        layout=_appended(),
+        layout=appended(),
         concat="embed_first",
         trunk_hidden="post_norm",
         carry="post_norm",
@@ -205,7 +155,7 @@ FAMILIES = (
         name="GLM-4.7-Flash",
         model_types=("glm4_moe_lite",),
         count_key="num_nextn_predict_layers",
-        layout=_appended(),
+        layout=appended(),
         concat="embed_first",
         trunk_hidden="post_norm",
         carry="post_norm",
@@ -219,12 +169,14 @@ FAMILIES = (
         name="MiMo-7B",
         model_types=("mimo",),
         count_key="num_nextn_predict_layers",
-        layout=(
-            ("model.mtp_layers.{module}.token_layernorm.", "enorm."),
-            ("model.mtp_layers.{module}.hidden_layernorm.", "hnorm."),
-            ("model.mtp_layers.{module}.input_proj.", "eh_proj."),
-            ("model.mtp_layers.{module}.final_layernorm.", "shared_head.norm."),
-            ("model.mtp_layers.{module}.", "block."),
+        layout=ModuleNames(
+            (
+                ("model.mtp_layers.{module}.token_layernorm.", "enorm."),
+                ("model.mtp_layers.{module}.hidden_layernorm.", "hnorm."),
+                ("model.mtp_layers.{module}.input_proj.", "eh_proj."),
+                ("model.mtp_layers.{module}.final_layernorm.", "shared_head.norm."),
+                ("model.mtp_layers.{module}.", "block."),
+            )
         ),
         concat="hidden_first",
         trunk_hidden="pre_norm",
@@ -238,14 +190,16 @@ FAMILIES = (
         name="MiMo-V2-Flash",
         model_types=("mimo_v2_flash",),
         count_key=None,
-        layout=(
-            ("model.mtp.layers.{module}.enorm.", "enorm."),
-            ("model.mtp.layers.{module}.hnorm.", "hnorm."),
-            ("model.mtp.layers.{module}.eh_proj.", "eh_proj."),
-            ("model.mtp.layers.{module}.final_layernorm.", "shared_head.norm."),
-            ("model.mtp.layers.{module}.pre_mlp_layernorm.", "block.post_attention_layernorm."),
-            ("model.mtp.layers.{module}.self_attn.attention_sink_bias", "block.self_attn.sinks"),
-            ("model.mtp.layers.{module}.", "block."),
+        layout=ModuleNames(
+            (
+                ("model.mtp.layers.{module}.enorm.", "enorm."),
+                ("model.mtp.layers.{module}.hnorm.", "hnorm."),
+                ("model.mtp.layers.{module}.eh_proj.", "eh_proj."),
+                ("model.mtp.layers.{module}.final_layernorm.", "shared_head.norm."),
+                ("model.mtp.layers.{module}.pre_mlp_layernorm.", "block.post_attention_layernorm."),
+                ("model.mtp.layers.{module}.self_attn.attention_sink_bias", "block.self_attn.sinks"),
+                ("model.mtp.layers.{module}.", "block."),
+            )
         ),
         concat="embed_first",
         trunk_hidden="pre_norm",
@@ -287,11 +241,13 @@ FAMILIES = (
         name="Ernie 4.5 (mixture of experts)",
         model_types=("ernie4_5_moe",),
         count_key="num_nextn_predict_layers",
-        layout=(
-            ("model.mtp_emb_norm.{module}.", "enorm."),
-            ("model.mtp_hidden_norm.{module}.", "hnorm."),
-            ("model.mtp_linear_proj.{module}.", "eh_proj."),
-            ("model.mtp_block.{module}.", "block."),
+        layout=ModuleNames(
+            (
+                ("model.mtp_emb_norm.{module}.", "enorm."),
+                ("model.mtp_hidden_norm.{module}.", "hnorm."),
+                ("model.mtp_linear_proj.{module}.", "eh_proj."),
+                ("model.mtp_block.{module}.", "block."),
+            )
         ),
         concat="embed_first",
         trunk_hidden="post_norm",
@@ -309,13 +265,15 @@ FAMILIES = (
         name="Nemotron-H",
         model_types=("nemotron_h",),
         count_key="num_nextn_predict_layers",
-        layout=(
-            ("mtp.layers.0.enorm.", "enorm."),
-            ("mtp.layers.0.hnorm.", "hnorm."),
-            ("mtp.layers.0.eh_proj.", "eh_proj."),
-            ("mtp.layers.1.final_layernorm.", "shared_head.norm."),
-            ("mtp.layers.0.", "block.0."),
-            ("mtp.layers.1.", "block.1."),
+        layout=ModuleNames(
+            (
+                ("mtp.layers.0.enorm.", "enorm."),
+                ("mtp.layers.0.hnorm.", "hnorm."),
+                ("mtp.layers.0.eh_proj.", "eh_proj."),
+                ("mtp.layers.1.final_layernorm.", "shared_head.norm."),
+                ("mtp.layers.0.", "block.0."),
+                ("mtp.layers.1.", "block.1."),
+            )
         ),
         concat="embed_first",
         trunk_hidden="post_norm",
@@ -331,14 +289,16 @@ FAMILIES = (
         name="LongCat-Flash",
         model_types=("longcat_flash",),
         count_key="num_nextn_predict_layers",
-        layout=(
-            ("model.mtp.layers.{module}.enorm.m.", "enorm."),
-            ("model.mtp.layers.{module}.hnorm.m.", "hnorm."),
-            ("model.mtp.layers.{module}.eh_proj.", "eh_proj."),
-            ("model.mtp.layers.{module}.transformer_layer.mlp.", "block.mlp."),
-            ("model.mtp.layers.{module}.", "block."),
-            ("model.mtp.norm.", "shared_head.norm."),
-            ("model.mtp.embed_tokens.", "embed_tokens."),
+        layout=ModuleNames(
+            (
+                ("model.mtp.layers.{module}.enorm.m.", "enorm."),
+                ("model.mtp.layers.{module}.hnorm.m.", "hnorm."),
+                ("model.mtp.layers.{module}.eh_proj.", "eh_proj."),
+                ("model.mtp.layers.{module}.transformer_layer.mlp.", "block.mlp."),
+                ("model.mtp.layers.{module}.", "block."),
+                ("model.mtp.norm.", "shared_head.norm."),
+                ("model.mtp.embed_tokens.", "embed_tokens."),
+            )
         ),
         concat="embed_first",
         trunk_hidden="post_norm",
@@ -353,7 +313,7 @@ FAMILIES = (
         name="Step-3.5 / 3.7",
         model_types=("step3p5", "step3p7"),
         count_key="num_nextn_predict_layers",
-        layout=_appended("transformer.shared_head.norm.", "transformer.shared_head.output."),
+        layout=appended("transformer.shared_head.norm.", "transformer.shared_head.output."),
         concat="embed_first",
         trunk_hidden="pre_norm",
         carry="pre_norm",

@@ -23,7 +23,7 @@ from nextn.interop.gguf_layout import ARCHITECTURE, named_tensors, settings, tok
 from nextn.interop.requirements import reasons_against_llamacpp
 from nextn.mtp import MTPModel
 from nextn.mtp.config_file import num_released_modules
-from nextn.mtp.storage import load_model
+from nextn.mtp.released import load_model
 
 FILE_TYPES = {"f32": 0, "bf16": 32, "q8_0": 7}
 """Types of matrices written here, with llama.cpp's number of a file that holds mostly these."""

@@ -1,34 +1,36 @@
 """`nextn.load`: any checkpoint nextn can run, with nextn's own trunk or transformers' one.
 
-A DeepSeek-V3 checkpoint, nextn's own included, is read by `nextn.mtp.storage`. For the other families of
-`nextn.interop.families` transformers reads the trunk, and the MTP tensors, which it drops, are read here: renamed by
-the family's layout into the sequential scheme with the family's conventions. A language model without MTP has K = 0.
+A DeepSeek-V3 checkpoint, nextn's own included, is read by `nextn.mtp.released`. For the other families transformers
+reads the trunk, and the MTP tensors, which it drops, are read by `nextn.interop.hf_layout`: renamed by the layout of
+`nextn.interop.families` into the sequential scheme with the family's conventions, or as the scheme that nextn's key in
+config.json names. A language model without MTP has K = 0.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nextn.config import MTPConfig
-from nextn.errors import CheckpointError, ConfigError, DeviceError
-from nextn.files import TensorFiles, read_json
+from nextn.errors import CheckpointError, ConfigError
+from nextn.files import TensorFiles
 from nextn.interop.adapter import TransformersTrunk
-from nextn.interop.families import COPIES, FAMILIES, Family, count_keys, family_of, text_config
+from nextn.interop.families import FAMILIES, Family, count_keys, family_of, text_config
+from nextn.interop.hf_layout import TransformersLayout, quiet
 from nextn.model.device import resolve_device
-from nextn.mtp.config_file import CONFIG_FILE
-from nextn.mtp.layout import implausible
+from nextn.mtp.config_file import NATIVE
+from nextn.mtp.layout import some
 from nextn.mtp.model import MTPModel
-from nextn.mtp.storage import DTYPES, attach_tokenizer, find_checkpoint, load_model
+from nextn.mtp.released import load_model
+from nextn.mtp.store import CONFIG_FILE, ModelFolder, attach_origin, read_state, resolve_dtype
 
-NATIVE = "deepseek_v3"
+_LOOKS_LIKE_MTP = re.compile(r"(?:^|\.)(?:mtp\w*|nextn)\.")
 
 
 def load(path: str | Path, device: str = "cpu", dtype: str = "float32") -> MTPModel:
@@ -44,39 +46,56 @@ def load(path: str | Path, device: str = "cpu", dtype: str = "float32") -> MTPMo
             know; tensors that are missing, unexpected, misshapen or were never initialised (named).
         DeviceError: unknown device or dtype.
     """
-    folder = find_checkpoint(path)
-    table = read_json(folder / CONFIG_FILE)
-    kind = table.get("model_type") if isinstance(table, dict) else None
-    return load_model(folder, device, dtype) if kind == NATIVE else load_with_transformers(folder, device, dtype)
+    folder = ModelFolder.open(path)
+    if folder.table.get("model_type") == NATIVE:
+        model = load_model(folder, device, dtype)
+    else:
+        model = load_with_transformers(folder, device, dtype)
+    if folder.has_adapter:
+        from nextn.interop.lora import merge_adapter
+
+        merge_adapter(model, folder)
+    return model
 
 
-def load_with_transformers(folder: Path, device: str = "cpu", dtype: str = "float32") -> MTPModel:
-    """The same with transformers' trunk whatever the family, DeepSeek-V3 too; `folder` holds the checkpoint itself."""
-    if dtype not in DTYPES:
-        raise DeviceError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    target = resolve_device(device)
-    files, table = TensorFiles.open(folder), read_json(folder / CONFIG_FILE)
-    if not isinstance(table, dict) or "model_type" not in table:
-        raise CheckpointError(f"{folder / CONFIG_FILE} names no model_type, so nobody knows what these tensors are")
+def load_with_transformers(path: str | Path | ModelFolder, device: str = "cpu", dtype: str = "float32") -> MTPModel:
+    """The same with transformers' trunk whatever the family, DeepSeek-V3 too, and without LoRA factors."""
+    torch_dtype, target = resolve_dtype(dtype), resolve_device(device)
+    folder = path if isinstance(path, ModelFolder) else ModelFolder.open(path)
+    where, table = folder.path, folder.table
+    if "model_type" not in table:
+        raise CheckpointError(f"{where / CONFIG_FILE} names no model_type, so nobody knows what these tensors are")
     if table.get("quantization_config") is not None:
-        _refuse_quantised(folder, table["quantization_config"])
+        _refuse_quantised(where, table["quantization_config"])
     family = family_of(table)
     try:
-        num_modules = _num_modules(folder, table, files, family)
-        hf_model = _transformers_model(folder, table, files, family, DTYPES[dtype])
-        trunk = TransformersTrunk(hf_model, family.block_settings if family and num_modules else None)
-        mtp_config = family.mtp_config(num_modules) if family else MTPConfig(num_depths=0)
+        mtp_config = _mtp_config(folder, family)
+        hf_model = transformers_model(folder, family, torch_dtype)
+        if family is None:
+            _refuse_unknown_modules(folder)
+        settings = family.block_settings if family and mtp_config.num_depths else None
+        trunk = TransformersTrunk(hf_model, settings, TransformersLayout(family))
+        trunk.layout.files = folder.files
         model = MTPModel(None, mtp_config, trunk)
-        if family and num_modules:
-            _load_modules(model, trunk, family, files, folder, DTYPES[dtype])
+        _cast_modules(model, torch_dtype)
+        if model.scheme is not None:
+            model.load_state_dict(read_state(folder, model, with_trunk=False), strict=False)
     except ConfigError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
-    attach_tokenizer(model, folder)
+        raise CheckpointError(f"{where}: {error}") from None
+    attach_origin(model, folder)
     return model.to(target).eval()
 
 
+def _cast_modules(model: MTPModel, dtype: torch.dtype) -> None:
+    """The modules' weights in that dtype, but for those that the family keeps in float32."""
+    if model.scheme is None:
+        return
+    in_float32 = tuple(getattr(model.trunk.model, "_keep_in_fp32_modules_strict", None) or ())  # type: ignore[attr-defined]
+    for name, parameter in model.scheme.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if any(part in name for part in in_float32) else dtype)
+
+
 def _refuse_quantised(folder: Path, value: Any) -> NoReturn:
-    """Raise CheckpointError: transformers' trunk is read from float weights, declared by the key's absence."""
     if not isinstance(value, Mapping):
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: quantization_config is {value!r}, which says no method; take it out if the "
@@ -88,38 +107,69 @@ def _refuse_quantised(folder: Path, value: Any) -> NoReturn:
     )
 
 
-def _num_modules(folder: Path, table: Mapping[str, Any], files: TensorFiles, family: Family | None) -> int:
-    """K, after checking that what is declared is what is stored. Raises CheckpointError."""
-    text = text_config(table)
+def _mtp_config(folder: ModelFolder, family: Family | None) -> MTPConfig:
+    """Scheme, K and conventions: as nextn's key says, or the family's. Raises CheckpointError."""
+    own = folder.own_settings()
+    num_modules = _num_modules(folder, family)
+    if folder.has_own_modules:
+        if own is None or not own.num_depths:
+            raise CheckpointError(
+                f"{folder.path / CONFIG_FILE} does not say what the modules in mtp/ compute (nextn.mtp); restore it, "
+                "or remove mtp/ to load the trunk alone"
+            )
+        if num_modules:
+            raise CheckpointError(
+                f"{folder.path} holds {num_modules} MTP modules in its family's layout and others in mtp/; remove one"
+            )
+        return own
+    if family is None or not num_modules:
+        return MTPConfig(num_depths=0)
+    released = family.mtp_config(num_modules)
+    fits = own is not None and own.num_depths and (1 if own.share_weights else own.num_depths) == num_modules
+    return own if own is not None and fits else released
+
+
+def _num_modules(folder: ModelFolder, family: Family | None) -> int:
+    """Modules in the family's layout; what is declared must be what is stored. Raises CheckpointError."""
+    where, text, names = folder.path, text_config(folder.table), folder.files.names
     if family is None:
         if found := {key: text[key] for key in count_keys() if text.get(key)}:
             raise CheckpointError(
-                f"{folder / CONFIG_FILE}: model_type {table['model_type']!r} declares MTP modules ({found}) in a "
+                f"{where / CONFIG_FILE}: model_type {folder.table['model_type']!r} declares MTP modules ({found}) in a "
                 f"layout that nextn does not know; known: {_known()}"
             )
         return 0
-    num_layers = _num_layers(text, folder)
-    declared, stored = family.num_declared(table), family.num_stored(files.names, num_layers)
+    num_layers = _num_layers(text, where)
+    declared, stored = family.num_declared(folder.table), family.num_stored(names, num_layers)
     if declared is not None and declared > stored:
-        wanted = family.stored_name(stored, "eh_proj.weight", num_layers)
+        wanted = family.layout.stored_name(stored, "eh_proj.weight", num_layers)
         raise CheckpointError(
-            f"{folder}: {CONFIG_FILE} declares {declared} MTP modules ({family.count_key}), and the files hold "
-            f"{stored}: {wanted} and all that belongs to it is missing. `nextn doctor {folder}` looks closer; with "
+            f"{where}: {CONFIG_FILE} declares {declared} MTP modules ({family.count_key}), and the files hold "
+            f"{stored}: {wanted} and all that belongs to it is missing. `nextn doctor {where}` looks closer; with "
             f"{family.count_key} = 0 and no MTP tensors the trunk loads alone"
         )
     if declared is not None and declared < stored:
         raise CheckpointError(
-            f"{folder}: the files hold {stored} MTP modules, and {CONFIG_FILE} declares {declared}; set "
-            f"{family.count_key} = {stored} to use them. `nextn doctor {folder}` looks closer"
+            f"{where}: the files hold {stored} MTP modules, and {CONFIG_FILE} declares {declared}; set "
+            f"{family.count_key} = {stored} to use them. `nextn doctor {where}` looks closer"
         )
     if stored and family.refusal:
-        raise CheckpointError(f"{folder}: nextn cannot run the MTP modules of {family.name}: {family.refusal}")
+        raise CheckpointError(f"{where}: nextn cannot run the MTP modules of {family.name}: {family.refusal}")
     return stored
+
+
+def _refuse_unknown_modules(folder: ModelFolder) -> None:
+    """Raise CheckpointError for tensors that look like MTP modules, which transformers leaves out without a word."""
+    if strange := [name for name in folder.files.names if _LOOKS_LIKE_MTP.search(name)]:
+        raise CheckpointError(
+            f"{folder.path}: tensors that look like MTP modules, {some(strange)}, lie in a layout that nextn does not "
+            f"know for model_type {folder.table['model_type']!r}; known: {_known()}. Without them the trunk loads alone"
+        )
 
 
 def _num_layers(text: Mapping[str, Any], folder: Path) -> int:
     """Layers of the trunk, by whichever key the family has."""
-    for key in ("num_hidden_layers", "num_layers"):
+    for key in ("num_hidden_layers", "num_layers", "n_layer"):
         if isinstance(text.get(key), int):
             return int(text[key])
     if isinstance(kinds := text.get("layer_types") or text.get("layers_block_type"), list):
@@ -127,23 +177,22 @@ def _num_layers(text: Mapping[str, Any], folder: Path) -> int:
     raise CheckpointError(f"{folder / CONFIG_FILE} does not say how many layers the trunk has (num_hidden_layers)")
 
 
-def _transformers_model(
-    folder: Path, table: Mapping[str, Any], files: TensorFiles, family: Family | None, dtype: torch.dtype
-) -> nn.Module:
-    """The trunk, complete. Raises CheckpointError."""
+def transformers_model(folder: ModelFolder, family: Family | None, dtype: torch.dtype) -> nn.Module:
+    """The trunk as transformers' model, complete. Raises CheckpointError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    where, table = folder.trunk_path, folder.table
     kind = family.trunk_model_type if family and family.trunk_model_type else None
     try:
         if kind is None:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(where, local_files_only=True, trust_remote_code=False)
         else:
             own = {key: value for key, value in table.items() if key not in ("model_type", "architectures", "auto_map")}
             config = AutoConfig.for_model(kind, **own)
-        _check_size(config, files, folder)
+        _check_size(config, folder.files, where)
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
+                where,
                 config=config,
                 dtype=dtype,
                 local_files_only=True,
@@ -156,16 +205,16 @@ def _transformers_model(
         model, info = loaded
     except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
         raise CheckpointError(
-            f"{folder}: transformers cannot load the trunk of model_type {table['model_type']!r}: {error}. "
+            f"{where}: transformers cannot load the trunk of model_type {table['model_type']!r}: {error}. "
             f"Families whose MTP modules nextn knows: {_known()}"
         ) from None
-    num_layers = _num_layers(text_config(table), folder)
-    unexpected = [name for name in info["unexpected_keys"] if not (family and family.locate(name, num_layers))]
+    num_layers = _num_layers(text_config(table), where)
+    unexpected = [name for name in info["unexpected_keys"] if not (family and family.layout.locate(name, num_layers))]
     for what, names in (("missing", info["missing_keys"]), ("unexpected", unexpected)):
         if names:
-            raise CheckpointError(f"{folder}: tensors of the trunk are {what}: {_some(names)}")
+            raise CheckpointError(f"{where}: tensors of the trunk are {what}: {some(names)}")
     if mismatched := info["mismatched_keys"]:
-        raise CheckpointError(f"{folder}: tensors do not have the shapes that {CONFIG_FILE} means: {_some(mismatched)}")
+        raise CheckpointError(f"{where}: tensors do not have the shapes that {CONFIG_FILE} means: {some(mismatched)}")
     return model.eval()
 
 
@@ -183,113 +232,5 @@ def _check_size(config: Any, files: TensorFiles, folder: Path) -> None:
         )
 
 
-def _load_modules(
-    model: MTPModel, trunk: TransformersTrunk, family: Family, files: TensorFiles, folder: Path, dtype: torch.dtype
-) -> None:
-    """Fill the scheme's modules from the files. Raises CheckpointError naming tensors by their stored names."""
-    assert model.scheme is not None, "there are modules to fill"
-    num_layers = trunk.num_layers
-    in_float32 = tuple(getattr(trunk.model, "_keep_in_fp32_modules_strict", None) or ())
-    stored: dict[int, dict[str, str]] = {}
-    for name in files.names:
-        if (place := family.locate(name, num_layers)) is not None:
-            stored.setdefault(place[0], {})[place[1]] = name
-    for number, module in enumerate(model.scheme.layers):  # type: ignore[arg-type]
-        names = stored.get(number, {})
-        tensors = {inside: files.read(name) for inside, name in names.items()}
-        for inside in COPIES.keys() & tensors.keys():
-            _check_copy(inside, tensors.pop(inside), trunk, names[inside], folder)
-        for inside, tensor in tensors.items():
-            if (reason := implausible(inside, tensor)) is not None:
-                raise CheckpointError(
-                    f"{folder}: {names[inside]} {reason}: this MTP tensor was never initialised or is damaged. "
-                    f"`nextn doctor {folder}` looks at all of them"
-                )
-        state = stacked_experts(tensors)
-        block = "block.layers.0." if len(module.block.layers) == 1 else "block.layers."
-        wanted = {name.replace(block, "block.", 1): name for name in module.state_dict()}
-        missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-        if missing:
-            named = [family.stored_name(number, inside, num_layers) for inside in missing]
-            raise CheckpointError(
-                f"{folder}: tensors of MTP module {number} are missing: {_some(named)}. `nextn doctor {folder}` looks "
-                "closer"
-            )
-        if unexpected:
-            raise CheckpointError(f"{folder}: tensors of MTP module {number} are unexpected: {_some(unexpected)}")
-        for name, parameter in module.named_parameters():
-            parameter.data = parameter.data.to(torch.float32 if any(part in name for part in in_float32) else dtype)
-        for inside, name in wanted.items():
-            target = module.state_dict()[name]
-            if target.shape != state[inside].shape:
-                raise CheckpointError(
-                    f"{folder}: {family.stored_name(number, inside, num_layers)} has shape "
-                    f"{tuple(state[inside].shape)}, {CONFIG_FILE} means {tuple(target.shape)}"
-                )
-        module.load_state_dict({name: state[inside] for inside, name in wanted.items()})
-
-
-def stacked_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Experts stored one by one, `experts.3.gate_proj.weight`, as transformers holds them: `experts.gate_up_proj`.
-
-    >>> parts = {f"mlp.experts.0.{kind}.weight": torch.ones(2, 3) for kind in ("gate_proj", "up_proj")}
-    >>> {name: tuple(tensor.shape) for name, tensor in stacked_experts(parts).items()}
-    {'mlp.experts.gate_up_proj': (1, 4, 3)}
-    """
-    state: dict[str, Tensor] = {}
-    experts: dict[tuple[str, str], dict[int, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if match := re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+)\.weight", name):
-            experts.setdefault((match[1], match[3]), {})[int(match[2])] = tensor
-        else:
-            state[name] = tensor
-    for (prefix, kind), parts in experts.items():
-        if kind == "up_proj" and (prefix, "gate_proj") in experts:
-            continue
-        if kind == "gate_proj":
-            ups = experts.get((prefix, "up_proj"), {})
-            if ups.keys() == parts.keys():
-                parts, kind = {i: torch.cat((gate, ups[i])) for i, gate in parts.items()}, "gate_up_proj"
-        if sorted(parts) == list(range(len(parts))):
-            state[f"{prefix}.{kind}"] = torch.stack([parts[i] for i in range(len(parts))])
-    return state
-
-
-def _check_copy(inside: str, copy: Tensor, trunk: TransformersTrunk, name: str, folder: Path) -> None:
-    """Raise CheckpointError unless a module's embedding or head is the trunk's."""
-    embedding = trunk.model.get_input_embeddings().weight  # type: ignore[operator]
-    original = embedding if COPIES[inside] == "embedding" else trunk.output_head.weight
-    if copy.shape != original.shape or not torch.equal(copy.to(original.dtype), original.detach()):
-        raise CheckpointError(
-            f"{folder}: {name} differs from the trunk's {COPIES[inside]}; nextn's modules share the trunk's, so what "
-            "this copy learnt would be lost"
-        )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Neither reports below errors nor progress bars of transformers inside the block; afterwards they are as before.
-
-    Its reports are about tensors that it leaves out, and those are answered here.
-    """
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _known() -> str:
     return ", ".join(kind for family in FAMILIES for kind in family.model_types)
-
-
-def _some(names: Any) -> str:
-    """The first few of many names, and how many there are."""
-    listed = sorted(str(name) for name in names)
-    return f"{len(listed)} ({', '.join(listed[:4])}{', ...' if len(listed) > 4 else ''})"

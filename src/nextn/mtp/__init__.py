@@ -2,8 +2,9 @@
 
 from nextn.mtp.model import MTPModel, MTPOutput
 from nextn.mtp.registry import SCHEMES, check_scheme
+from nextn.mtp.released import load_model
 from nextn.mtp.scheme import DepthState, Scheme
-from nextn.mtp.storage import find_checkpoint, load_model, save_model
+from nextn.mtp.store import find_checkpoint, save_model
 
 __all__ = [
     "SCHEMES",

@@ -13,11 +13,12 @@ from typing import Any
 
 from nextn.config import ModelConfig, MTPConfig
 from nextn.errors import CheckpointError, ConfigError
-from nextn.files import read_json
 from nextn.mtp.layout import FP8_BLOCK, RELEASED_SCHEME
 from nextn.tables import from_table, to_table
 
-CONFIG_FILE = "config.json"
+NATIVE = "deepseek_v3"
+"""`model_type` of nextn's own trunk."""
+
 FIXED_FIELDS = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 """What DeepSeek-V3 leaves no choice about, named because the serving engines ask for it."""
 
@@ -40,8 +41,8 @@ OPTIONAL_FIELDS = {
 
 
 def config_table(config: ModelConfig, mtp_config: MTPConfig, dtype: str, eos_token_id: int | None) -> dict[str, Any]:
-    """`config.json`: what transformers and the serving engines read, and nextn's own settings."""
-    table: dict[str, Any] = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+    """`config.json`: what transformers and the serving engines read; nextn's own key is the store's."""
+    table: dict[str, Any] = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": NATIVE}
     table |= to_table(config)
     table["rope_parameters"] = {key: value for key, value in table["rope_parameters"].items() if value is not None}
     return table | {
@@ -51,7 +52,6 @@ def config_table(config: ModelConfig, mtp_config: MTPConfig, dtype: str, eos_tok
         "torch_dtype": dtype,
         "bos_token_id": None,
         "eos_token_id": eos_token_id,
-        "nextn": {"mtp": to_table(mtp_config)},
     }
 
 
@@ -62,15 +62,19 @@ def num_released_modules(mtp_config: MTPConfig) -> int:
     return min(mtp_config.num_depths, 1) if mtp_config.share_weights else mtp_config.num_depths
 
 
-def read_config(folder: Path) -> tuple[ModelConfig, MTPConfig]:
-    """Trunk and MTP settings of a checkpoint in the released layout, with or without nextn's own key.
+def read_config(table: Mapping[str, Any], where: Path) -> tuple[ModelConfig, MTPConfig]:
+    """Trunk and MTP settings of a config.json in the released layout, with or without nextn's own key.
+
+    Args:
+        table: config.json, parsed.
+        where: its path, for messages.
 
     Raises CheckpointError for another family, a missing field, or a value that nextn does not compute.
     """
-    table = read_json(folder / CONFIG_FILE)
-    if not isinstance(table, dict) or table.get("model_type") != "deepseek_v3":
-        kind = table.get("model_type") if isinstance(table, dict) else type(table).__name__
-        raise CheckpointError(f"{folder / CONFIG_FILE}: model_type is {kind!r}, and nextn's own trunk is 'deepseek_v3'")
+    if table.get("model_type") != NATIVE:
+        raise CheckpointError(
+            f"{where}: model_type is {table.get('model_type')!r}, and nextn's own trunk is {NATIVE!r}"
+        )
     own = table.get("nextn")
     try:
         if own is None:
@@ -80,24 +84,27 @@ def read_config(folder: Path) -> tuple[ModelConfig, MTPConfig]:
                 raise ConfigError(f"{key} is {table.get(key)!r}, and nextn computes {wanted!r} only")
         return _model_config(table), _complete(MTPConfig, own["mtp"], "nextn.mtp")
     except (ConfigError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE} does not describe a model: {error}") from None
+        raise CheckpointError(f"{where} does not describe a model: {error}") from None
 
 
-def fp8_block(folder: Path) -> tuple[int, int]:
-    """Rows and columns of an FP8 block. Raises CheckpointError for a quantisation that nextn cannot undo."""
-    quantization = read_json(folder / CONFIG_FILE).get("quantization_config")
+def fp8_block(table: Mapping[str, Any], where: Path) -> tuple[int, int]:
+    """Rows and columns of an FP8 block. Raises CheckpointError for a quantisation that nextn cannot undo.
+
+    Args:
+        table: config.json, parsed.
+        where: its path, for messages.
+    """
+    quantization = table.get("quantization_config")
     if quantization is None:
         return FP8_BLOCK
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if not isinstance(quantization, dict) or method != "fp8":
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE}: quant_method is {method!r}; nextn reads float and block-quantised FP8 weights"
-        )
+        raise CheckpointError(f"{where}: quant_method is {method!r}; nextn reads float and block-quantised FP8 weights")
     match quantization.get("weight_block_size") or FP8_BLOCK:
         case [int(rows), int(columns)] if rows > 0 and columns > 0:
             return rows, columns
         case other:
-            raise CheckpointError(f"{folder / CONFIG_FILE}: weight_block_size is {other!r}, wanted [rows, columns]")
+            raise CheckpointError(f"{where}: weight_block_size is {other!r}, wanted [rows, columns]")
 
 
 def _model_config(table: Mapping[str, Any]) -> ModelConfig:

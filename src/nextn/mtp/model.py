@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from nextn.errors import ConfigError
 from nextn.model import LayerContext, Transformer, Trunk
 from nextn.model.balancing import ExpertUsage
 from nextn.model.blocks import DecoderLayer
+from nextn.mtp.origin import Origin
 from nextn.mtp.registry import check_scheme, scheme_class
 from nextn.mtp.routing import NO_DETACH
 from nextn.mtp.scheme import ContextFactory, Scheme
@@ -79,6 +80,10 @@ class MTPModel(nn.Module):
         if mtp_config.num_depths:
             self.scheme = scheme_class(mtp_config)(self.trunk, mtp_config)
         self.tokenizer: Tokenizer | None = None
+        self.origin = Origin()
+        """What stood beside the weights in the folder that the model was read from."""
+        self.adapter: Mapping[str, Any] | None = None
+        """PEFT's settings of the LoRA factors in the trunk; None without any."""
 
     def initialize(self, seed: int) -> MTPModel:
         """Fresh weights, the same for the same seed on every device; the trunk's do not depend on K."""

@@ -139,7 +139,7 @@ def _findings_of_modules(stored: Stored, declaration: Declaration, wanted: Wante
 
 def _findings_of_fit(place: Path, stored: Stored, wanted: Wanted, ills: Collection[str]) -> list[Finding]:
     """Laws of nextn's loader. What has another name already, among the `ills` of the modules, is not told again."""
-    if unread := fit.unread_weights(place, stored.source.names):
+    if unread := fit.unread_weights(place, wanted, stored.source.names):
         return unread
     if "layers miscounted" in ills:
         return []

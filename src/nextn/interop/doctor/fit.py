@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from nextn.interop.doctor.stored import Declaration, TensorSource
 from nextn.mtp import MTPModel
 from nextn.mtp.config_file import fp8_block, read_config
 from nextn.mtp.layout import copy_of, mtp_module, to_released_names
+from nextn.mtp.store import CONFIG_FILE
 
 _SCALE = "_scale_inv"
 _NOT_LOADED = "nextn cannot load or export it; engines might run it"
@@ -28,11 +30,13 @@ class Wanted:
     Attributes:
         config, mtp_config: as nextn reads them.
         shapes: of every tensor of such a model, by released name.
+        table: config.json, parsed.
     """
 
     config: ModelConfig
     mtp_config: MTPConfig
     shapes: Shapes
+    table: Mapping[str, Any]
 
 
 def wanted_in_folder(folder: Path, declaration: Declaration) -> tuple[Wanted | None, list[Finding]]:
@@ -40,7 +44,7 @@ def wanted_in_folder(folder: Path, declaration: Declaration) -> tuple[Wanted | N
     if declaration.model_type != "deepseek_v3":
         return None, []
     try:
-        config, mtp_config = read_config(folder)
+        config, mtp_config = read_config(declaration.table, folder / CONFIG_FILE)
         with torch.device("meta"):  # shapes alone: nothing is allocated
             state = MTPModel(config, mtp_config).state_dict()
     except (CheckpointError, ConfigError) as error:
@@ -48,15 +52,15 @@ def wanted_in_folder(folder: Path, declaration: Declaration) -> tuple[Wanted | N
         return None, [Finding(severity, "settings unread", str(error), _NOT_LOADED)]
     released = to_released_names(state, config, mtp_config)
     shapes = {name: tuple(tensor.shape) for name, tensor in released.items() if copy_of(name, config) is None}
-    return Wanted(config, mtp_config, shapes), []
+    return Wanted(config, mtp_config, shapes, declaration.table), []
 
 
-def unread_weights(folder: Path, names: Sequence[str]) -> list[Finding]:
+def unread_weights(folder: Path, wanted: Wanted, names: Sequence[str]) -> list[Finding]:
     """A quantisation that nextn does not undo, by config.json or by the tensors' names."""
     packed = [name for name in names if name.rpartition(".")[2] in PACKED_TAILS + SCALE_TAILS]
     foreign = [name for name in packed if not name.endswith(_SCALE)]
     try:
-        fp8_block(folder)
+        fp8_block(wanted.table, folder / CONFIG_FILE)
     except CheckpointError as error:
         return [Finding("warning", "weights unread", str(error), _NOT_LOADED)]
     if not foreign:

@@ -20,8 +20,8 @@ from nextn.files import INDEX_FILE, PICKLE_SUFFIXES, WEIGHTS_FILE, read_json
 from nextn.interop.families import FAMILIES, Family, count_keys, family_of, text_config
 from nextn.interop.gguf_layout import ARCHITECTURE
 from nextn.mtp import find_checkpoint
-from nextn.mtp.config_file import CONFIG_FILE
 from nextn.mtp.layout import RELEASED_SCHEME
+from nextn.mtp.store import CONFIG_FILE
 
 Kind = Literal["folder", "safetensors", "gguf"]
 
@@ -73,6 +73,7 @@ class Declaration:
         context: longest context in tokens; None where nothing says.
         own: nextn's settings of MTP (`nextn.mtp`), where the checkpoint has them.
         is_part: whether these are the settings of one file of several (a split GGUF).
+        table: config.json, parsed; empty without one.
     """
 
     model_type: str | None = None
@@ -84,6 +85,7 @@ class Declaration:
     context: int | None = None
     own: Mapping[str, Any] | None = None
     is_part: bool = False
+    table: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def is_released_layout(self) -> bool:
@@ -178,7 +180,7 @@ def declared_in_folder(folder: Path) -> Declaration:
         key = family.count_key
     else:
         key = next((key for key in count_keys() if key in settings), _DEEPSEEK.count_key)
-    own = settings.get("nextn")
+    own = table.get("nextn")
     mtp = own.get("mtp") if isinstance(own, dict) else None
     return Declaration(
         model_type=model_type,
@@ -189,6 +191,7 @@ def declared_in_folder(folder: Path) -> Declaration:
         width=_whole(settings, "hidden_size", folder),
         context=_whole(settings, "max_position_embeddings", folder),
         own=mtp if isinstance(mtp, dict) else None,
+        table=table,
     )
 
 
@@ -240,7 +243,7 @@ def _place(name: str, family: Family, first_module: int) -> Place | None:
     if match := _GGUF_LAYER.fullmatch(name):
         layer, role = int(match[1]), _GGUF_ROLES.get(match[3], match[3]) if match[2] else f"block.{match[3]}"
         return ("trunk", layer, role) if layer < first_module else ("mtp", layer - first_module, role)
-    if (located := family.locate(name, first_module)) is not None:
+    if (located := family.layout.locate(name, first_module)) is not None:
         return "mtp", *located
     place = _place_in_trunk(name)
     return place and (*place[:2], _renamed(place[2], family))
