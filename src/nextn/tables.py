@@ -74,14 +74,15 @@ def from_table(settings_class: type[Table], table: Mapping[str, Any], where: str
 
 def _keys(settings_class: Any, where: str) -> Iterator[tuple[str, str]]:
     """(name of the table, key) of every setting in a dataclass and in the tables below it."""
-    for key, hint in typing.get_type_hints(settings_class).items():
+    for key, hint in hints_of(settings_class).items():
         yield where, key
         if dataclasses.is_dataclass(hint):
             yield from _keys(hint, f"{where}.{key}" if where else key)
 
 
 def _build(settings_class: type[Table], table: Mapping[str, Any], where: str, homes: Mapping[str, list[str]]) -> Table:
-    hints = typing.get_type_hints(settings_class)
+    hints = hints_of(settings_class)
+    fields = {key_of(field.name): field.name for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
     values = {}
     for key, value in table.items():
         name = f"{where}.{key}" if where else key
@@ -92,7 +93,7 @@ def _build(settings_class: type[Table], table: Mapping[str, Any], where: str, ho
             ways_out += [f"{key} is a setting of {elsewhere}."] if elsewhere else []
             known = f"{'[' + where + ']' if where else 'A recipe'} knows: {', '.join(sorted(hints))}"
             raise ConfigError(f"unknown setting {name!r}; {' '.join([*ways_out, known])}")
-        values[key] = _convert(value, hints[key], name, homes)
+        values[fields[key]] = _convert(value, hints[key], name, homes)
     if missing := sorted(_required(settings_class) - values.keys()):
         raise ConfigError(
             f"{where or 'the table'} lacks {', '.join(missing)}: written by another version of nextn, or cut short"
@@ -144,9 +145,19 @@ def _convert(value: Any, kind: Any, name: str, homes: Mapping[str, list[str]]) -
     return value
 
 
+def key_of(field: str) -> str:
+    """The key of a field: its name, without the underscore behind what is a word of Python (`from_`)."""
+    return field.removesuffix("_")
+
+
+def hints_of(settings_class: Any) -> dict[str, Any]:
+    """Type of every setting of a dataclass, by key."""
+    return {key_of(name): hint for name, hint in typing.get_type_hints(settings_class).items()}
+
+
 def to_table(settings: Any) -> dict[str, Any]:
     """A settings dataclass as plain nested dictionaries; `from_table` reads it back to an equal one."""
-    return dataclasses.asdict(settings)
+    return dataclasses.asdict(settings, dict_factory=lambda pairs: {key_of(name): value for name, value in pairs})
 
 
 def flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -93,9 +93,9 @@ def test_a_resume_that_forgets_part_of_the_state_is_caught(uninterrupted, killed
     if forgotten == "place in the data":
         monkeypatch.setattr(RowSampler, "load_state_dict", lambda sampler, state: None)
     elif forgotten == "random generators":
-        monkeypatch.setattr("nextn.training.checkpoint._set_random_state", lambda tensors, table: None)
+        monkeypatch.setattr("nextn.training.checkpoint.RandomGenerators.load_state_dict", lambda self, state: None)
     else:
-        monkeypatch.setattr("nextn.training.optimizer.TrainingOptimizer.load_state_tensors", lambda self, tensors: None)
+        monkeypatch.setattr("nextn.training.optimizer.TrainingOptimizer.load_state_dict", lambda self, state: None)
     resumed = run(shutil.copytree(killed, tmp_path / "run")).train(resume=True)
     assert without_times(resumed.metrics) != without_times(uninterrupted.metrics)
 

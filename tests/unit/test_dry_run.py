@@ -139,7 +139,7 @@ def load_recipe_objective(folder: Path) -> dict[str, object]:
 
 def test_only_a_plot_is_written_and_no_corpus_read(recipe_path: Path):
     output = dry_run(recipe_path)
-    plot = recipe_path.parent / "run" / "dry_run.svg"
+    plot = recipe_path.parent / "run" / "schedule.svg"
     assert [path.name for path in plot.parent.iterdir()] == [plot.name]
     assert f"plot: {plot}" in output
     svg = plot.read_text()
@@ -170,8 +170,8 @@ def test_a_vocabulary_is_known_from_the_settings_or_said_to_be_unknown(recipe_pa
 def test_the_bars_of_a_depth_start_when_it_is_switched_on(recipe_path: Path):
     bars = dict(re.findall(r"weight (\d) +\|(.+)\| up to", dry_run(recipe_path)))
     on_from = {depth: len(line) - len(line.lstrip()) for depth, line in bars.items()}
-    assert on_from["1"] == pytest.approx(0.25 * dry_run.NUM_BARS, abs=1)
-    assert on_from["2"] == pytest.approx(0.5 * dry_run.NUM_BARS, abs=1)
+    assert on_from["1"] == pytest.approx(0.25 * module.NUM_BARS, abs=1)
+    assert on_from["2"] == pytest.approx(0.5 * module.NUM_BARS, abs=1)
     assert bars["1"].strip().startswith("█")
     assert bars["1"][-1] == "▃", "0.1 of 0.3 is the third of eight"
 
@@ -193,7 +193,7 @@ def test_odd_runs_are_shown_too(recipe_path: Path, settings: list[str]):
     first = rows(output)[1]
     assert first[: 2 + recipe.mtp.num_depths] == expected_row(recipe, 1)
     assert recipe.training.num_steps in rows(output)
-    assert (recipe_path.parent / "run" / "dry_run.svg").exists()
+    assert (recipe_path.parent / "run" / "schedule.svg").exists()
 
 
 def test_a_dry_run_cannot_be_resumed(recipe_path: Path):

@@ -10,12 +10,14 @@ from nextn.config.mtp import MTPConfig
 from nextn.config.objective import CurriculumConfig, DetachConfig, ObjectiveConfig, ScheduleConfig
 from nextn.config.recipe import Recipe, load_recipe
 from nextn.config.training import DataConfig, EvaluationConfig, OptimizerConfig, TrainingConfig
+from nextn.config.trunk import LoraConfig, TrunkConfig
 
 __all__ = [
     "CurriculumConfig",
     "DataConfig",
     "DetachConfig",
     "EvaluationConfig",
+    "LoraConfig",
     "MTPConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -24,6 +26,7 @@ __all__ = [
     "RopeConfig",
     "ScheduleConfig",
     "TrainingConfig",
+    "TrunkConfig",
     "load_recipe",
     "require",
     "setting",

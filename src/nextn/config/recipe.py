@@ -11,6 +11,7 @@ from nextn.config.model import ModelConfig
 from nextn.config.mtp import MTPConfig
 from nextn.config.objective import ObjectiveConfig
 from nextn.config.training import DataConfig, EvaluationConfig, OptimizerConfig, TrainingConfig
+from nextn.config.trunk import TrunkConfig
 from nextn.errors import ConfigError
 from nextn.tables import from_table, override
 
@@ -19,6 +20,7 @@ from nextn.tables import from_table, override
 class Recipe:
     """Everything that determines a training run; one TOML table per field."""
 
+    trunk: TrunkConfig = field(default_factory=TrunkConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     mtp: MTPConfig = field(default_factory=MTPConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -28,11 +30,10 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        if self.data.sequence_length > self.model.max_position_embeddings:
-            raise ConfigError(
-                f"data.sequence_length = {self.data.sequence_length} exceeds "
-                f"model.max_position_embeddings = {self.model.max_position_embeddings}"
-            )
+        if self.trunk.from_ is not None:
+            self._check_loaded()
+        else:
+            self.check_context(self.model.max_position_embeddings, "model.max_position_embeddings")
         if self.mtp.num_depths > self.data.sequence_length - 2:
             raise ConfigError(
                 f"mtp.num_depths = {self.mtp.num_depths} leaves no position with a label: data.sequence_length = "
@@ -44,12 +45,24 @@ class Recipe:
                 f"optimizer.num_warmup_steps = {self.optimizer.num_warmup_steps} exceeds "
                 f"training.num_steps = {self.training.num_steps}"
             )
+
+    def check_context(self, longest: int, name: str) -> None:
+        """Raise ConfigError where rows or decoded prompts exceed the context of `longest` tokens, called `name`."""
+        if self.data.sequence_length > longest:
+            raise ConfigError(f"data.sequence_length = {self.data.sequence_length} exceeds {name} = {longest}")
         context = self.evaluation.prompt_length + self.evaluation.max_new_tokens
-        if self.evaluation.num_prompts and context > self.model.max_position_embeddings:
+        if self.evaluation.num_prompts and context > longest:
             raise ConfigError(
-                f"evaluation.prompt_length + evaluation.max_new_tokens = {context} exceeds "
-                f"model.max_position_embeddings = {self.model.max_position_embeddings}"
+                f"evaluation.prompt_length + evaluation.max_new_tokens = {context} exceeds {name} = {longest}"
             )
+
+    def _check_loaded(self) -> None:
+        if self.model != ModelConfig():
+            raise ConfigError(
+                f"[model] describes a fresh trunk, and trunk.from = {self.trunk.from_!r} loads one; leave one out"
+            )
+        if self.trunk.train == "none" and self.mtp.num_depths == 0:
+            raise ConfigError("trunk.train = 'none' and mtp.num_depths = 0 leave nothing to train")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -65,7 +65,9 @@ class TransformersLayout(Layout):
         trunk: TransformersTrunk = model.trunk  # type: ignore[assignment]
         try:
             with quiet():
-                trunk.model.save_pretrained(folder, max_shard_size=max_shard_bytes)  # type: ignore[operator]
+                trunk.model.save_pretrained(  # type: ignore[operator]
+                    folder, max_shard_size=max_shard_bytes, state_dict=_without_factors(trunk.model.state_dict())
+                )
         except (ValueError, KeyError, RuntimeError, TypeError, NotImplementedError) as error:
             raise CheckpointError(f"{folder}: transformers cannot save {trunk.name}: {error}") from None
         except OSError as error:
@@ -152,6 +154,11 @@ class TransformersLayout(Layout):
             for name in self.files.names
             if _part(name) not in known and not (family and family.layout.locate(name, num_layers))
         }
+
+
+def _without_factors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a trunk as it was before LoRA factors were put in."""
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
 
 
 def _part(name: str) -> str:

@@ -23,6 +23,7 @@ from nextn.files import TensorFiles
 from nextn.interop.adapter import TransformersTrunk
 from nextn.interop.families import FAMILIES, Family, count_keys, family_of, text_config
 from nextn.interop.hf_layout import TransformersLayout, quiet
+from nextn.interop.lora import merge_adapter
 from nextn.model.device import resolve_device
 from nextn.mtp.config_file import NATIVE
 from nextn.mtp.layout import some
@@ -47,15 +48,17 @@ def load(path: str | Path, device: str = "cpu", dtype: str = "float32") -> MTPMo
         DeviceError: unknown device or dtype.
     """
     folder = ModelFolder.open(path)
-    if folder.table.get("model_type") == NATIVE:
-        model = load_model(folder, device, dtype)
-    else:
-        model = load_with_transformers(folder, device, dtype)
+    model = load_unmerged(folder, device, dtype)
     if folder.has_adapter:
-        from nextn.interop.lora import merge_adapter
-
         merge_adapter(model, folder)
     return model
+
+
+def load_unmerged(path: str | Path | ModelFolder, device: str = "cpu", dtype: str = "float32") -> MTPModel:
+    """The same without the LoRA factors that may lie beside the trunk."""
+    folder = path if isinstance(path, ModelFolder) else ModelFolder.open(path)
+    is_native = folder.table.get("model_type") == NATIVE
+    return (load_model if is_native else load_with_transformers)(folder, device, dtype)
 
 
 def load_with_transformers(path: str | Path | ModelFolder, device: str = "cpu", dtype: str = "float32") -> MTPModel:
@@ -73,8 +76,7 @@ def load_with_transformers(path: str | Path | ModelFolder, device: str = "cpu", 
         hf_model = transformers_model(folder, family, torch_dtype)
         if family is None:
             _refuse_unknown_modules(folder)
-        settings = family.block_settings if family and mtp_config.num_depths else None
-        trunk = TransformersTrunk(hf_model, settings, TransformersLayout(family))
+        trunk = TransformersTrunk(hf_model, family.block_settings if family else None, TransformersLayout(family))
         trunk.layout.files = folder.files
         model = MTPModel(None, mtp_config, trunk)
         _cast_modules(model, torch_dtype)

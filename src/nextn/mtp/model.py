@@ -93,6 +93,12 @@ class MTPModel(nn.Module):
             self.trunk.initialize(self.scheme, generator)
         return self
 
+    def initialize_modules(self, seed: int) -> MTPModel:
+        """Fresh weights for the MTP modules alone, the same for the same seed; the trunk is not touched."""
+        if self.scheme is not None:
+            self.trunk.initialize(self.scheme, torch.Generator().manual_seed(seed))
+        return self
+
     @property
     def config(self) -> ModelConfig:
         """Settings of nextn's own trunk. Raises ConfigError for another one, which they cannot describe."""
@@ -106,6 +112,12 @@ class MTPModel(nn.Module):
     def num_depths(self) -> int:
         """K, extra tokens predicted in training."""
         return self.mtp_config.num_depths
+
+    def with_modules(self, mtp_config: MTPConfig) -> MTPModel:
+        """A model on the same trunk with other MTP modules, which nobody has initialised yet."""
+        model = MTPModel(self._config, mtp_config, self.trunk)
+        model.tokenizer, model.origin, model.adapter = self.tokenizer, self.origin, self.adapter
+        return model
 
     def forward(
         self,

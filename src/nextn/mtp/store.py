@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 MODULES_FILE = "mtp/model.safetensors"
 """In a folder of its own, since engines take every safetensors file beside config.json for weights of the trunk."""
+TRUNK_FOLDER = "trunk"
+"""Of a run that does not train its trunk: where it lies, beside the checkpoints."""
 ADAPTER_FOLDER, ADAPTER_FILE, ADAPTER_CONFIG = "adapter", "adapter_model.safetensors", "adapter_config.json"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -232,11 +234,12 @@ def read_state(folder: ModelFolder, model: MTPModel, with_trunk: bool = True) ->
 
 def load_weights(model: MTPModel, folder: ModelFolder, with_trunk: bool = True) -> None:
     """Set a model's weights to those that a folder holds; see `read_state`."""
-    state = read_state(folder, model, with_trunk)
-    missing = [name for name in model.state_dict() if name not in state]
-    if missing := [name for name in missing if with_trunk or not name.startswith("trunk.") or _is_lora(name)]:
-        missing = [] if with_trunk and _are_aliases(model, missing, state) else missing
-    if missing:
+    load_state(model, read_state(folder, model, with_trunk), folder, with_trunk)
+
+
+def load_state(model: MTPModel, state: Mapping[str, Tensor], folder: ModelFolder, with_trunk: bool = True) -> None:
+    """Set a model's weights to what `read_state` gave. Raises CheckpointError where that is not complete."""
+    if missing := _missing(model, state, with_trunk):
         raise CheckpointError(f"{folder.path}: tensors are missing: {some(missing)}")
     if next(model.parameters()).dtype == torch.float16:
         _check_range(state, folder.path)
@@ -244,6 +247,11 @@ def load_weights(model: MTPModel, folder: ModelFolder, with_trunk: bool = True) 
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"{folder.path} holds another model: {error}") from None
+
+
+def load_adapter(model: MTPModel, folder: ModelFolder) -> None:
+    """Set the LoRA factors of a model's trunk to those that a folder holds. Raises CheckpointError."""
+    model.load_state_dict(_adapter_state(folder, model), strict=False)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -360,8 +368,9 @@ def _adapter_state(folder: ModelFolder, model: MTPModel) -> dict[str, Tensor]:
     return {name: files.read(stored) for stored, name in wanted.items()}
 
 
-def _are_aliases(model: MTPModel, names: list[str], state: Mapping[str, Tensor]) -> bool:
-    """True if every one of these tensors is another one of `state` under a second name (a tied output head)."""
+def _missing(model: MTPModel, state: Mapping[str, Tensor], with_trunk: bool) -> list[str]:
+    """Names of the model's tensors that `state` has under no name: a tied output head is the embedding."""
     own = model.state_dict()
     held = {own[name].data_ptr() for name in state if name in own}
-    return all(own[name].data_ptr() in held for name in names)
+    wanted = (name for name in own if with_trunk or not name.startswith("trunk.") or _is_lora(name))
+    return [name for name in wanted if name not in state and own[name].data_ptr() not in held]

@@ -1,7 +1,9 @@
 """Checkpoints of a run: everything that determines its next step, written atomically, and read back exactly.
 
+    RUN/trunk/                                              the trunk, where it is not trained: written once
     RUN/checkpoints/step-00000200/
-        config.json, model.safetensors, tokenizer files     the model, as `nextn.load` and transformers read it
+        config.json, model.safetensors, tokenizer files     the model, as `nextn.load` and transformers read it; without
+                                                            the trunk where RUN/trunk holds it
         recipe.json, provenance.json                        where it comes from
         training_state/tensors.safetensors                  optimizer moments, states of the random generators
         training_state/state.json                           step, tokens, times, place in the data
@@ -16,15 +18,15 @@ import hashlib
 import random
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nextn.config import Recipe
 from nextn.data import PackedTokens, RowSampler
@@ -38,17 +40,30 @@ from nextn.files import (
     write_json,
     write_tensors,
 )
-from nextn.mtp import MTPModel, load_model, save_model
+from nextn.mtp import MTPModel, save_model
+from nextn.mtp.store import TRUNK_FOLDER, ModelFolder, load_state, read_state, save_trunk
 from nextn.tables import flattened, from_table, to_table
 from nextn.training.optimizer import TrainingOptimizer
 
 STATE_FILE, TENSORS_FILE = "training_state/state.json", "training_state/tensors.safetensors"
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 """Version of `STATE_FILE`."""
 
 STATE_KEYS = {"tensors", "clock", "sampler", "random", "train_tokens_sha256"}
 """What `STATE_FILE` holds beside its version."""
+
+
+class Stateful(Protocol):
+    """What a checkpoint holds of an object: nested tables whose leaves are tensors or JSON values."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that determines the next step."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Take over what `state_dict` gave."""
+        ...
 
 
 @dataclass
@@ -67,15 +82,78 @@ class TrainingClock:
     training_s: float = 0.0
     elapsed_s: float = 0.0
 
+    def state_dict(self) -> dict[str, Any]:
+        """All of it."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class RandomGenerators:
+    """The global random generators of torch (all devices), numpy and Python."""
+
+    @staticmethod
+    def seed(seed: int) -> None:
+        """Begin all of them anew."""
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where each of them is."""
+        name, key, position, has_gauss, cached_gaussian = np.random.get_state(legacy=True)
+        version, internal, gauss_next = random.getstate()
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": {str(index): state for index, state in enumerate(cuda)},
+            "numpy": {
+                "key": torch.from_numpy(np.asarray(key).astype(np.int64)),
+                "rest": [name, position, has_gauss, cached_gaussian],
+            },
+            "python": {"internal": torch.tensor(internal, dtype=torch.int64), "rest": [version, gauss_next]},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        torch.set_rng_state(state["torch"])
+        name, position, has_gauss, cached_gaussian = state["numpy"]["rest"]
+        key = state["numpy"]["key"].numpy().astype(np.uint32)
+        np.random.set_state((name, key, position, has_gauss, cached_gaussian))
+        version, gauss_next = state["python"]["rest"]
+        random.setstate((version, tuple(state["python"]["internal"].tolist()), gauss_next))
+        for index, cuda_state in state.get("cuda", {}).items():
+            if int(index) < torch.cuda.device_count():
+                torch.cuda.set_rng_state(cuda_state, int(index))
+
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint holds and `restore` fills: all objects change while training."""
+    """Everything that determines the next step of a run: all objects change while training.
+
+    Whoever writes a checkpoint, one process or many, takes the same tables from `parts`.
+    """
 
     model: MTPModel
     optimizer: TrainingOptimizer
     sampler: RowSampler
     clock: TrainingClock
+    random: RandomGenerators = field(default_factory=RandomGenerators)
+
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """The objects by name."""
+        return {name: getattr(self, name) for name in ("model", "optimizer", "sampler", "clock", "random")}
+
+    @property
+    def trains_trunk(self) -> bool:
+        """Some of the trunk's own weights change, so that a checkpoint must hold them all."""
+        is_factor = ".lora_"
+        named = cast(nn.Module, self.model.trunk).named_parameters()
+        return any(parameter.requires_grad and is_factor not in name for name, parameter in named)
 
 
 def save_checkpoint(
@@ -83,24 +161,59 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint of the current step and return its folder. Older ones stay: see `remove_old_checkpoints`."""
     path = checkpoint_folder(run_folder, state.clock.step)
-    tensors = {f"optimizer/{name}": tensor for name, tensor in state.optimizer.state_tensors().items()}
-    random_tensors, random_table = _random_state()
+    tables = {name: part.state_dict() for name, part in state.parts.items() if name != "model"}
+    leaves = dict(_leaves(tables))
+    tensors = {name: value for name, value in leaves.items() if isinstance(value, Tensor)}
     with atomic_folder(path) as folder:
-        save_model(state.model, folder)
+        save_model(state.model, folder, trunk=None if state.trains_trunk else f"../../{TRUNK_FOLDER}")
         write_json(folder / "recipe.json", recipe)
         write_json(folder / "provenance.json", provenance)
         (folder / STATE_FILE).parent.mkdir()
-        write_tensors(folder / TENSORS_FILE, tensors | random_tensors)
+        write_tensors(folder / TENSORS_FILE, tensors)
         table = {
             "format": STATE_FORMAT,
-            "tensors": sorted(tensors | random_tensors),
-            "clock": asdict(state.clock),
-            "sampler": state.sampler.state_dict(),
-            "random": random_table,
+            "tensors": sorted(tensors),
             "train_tokens_sha256": train_tokens_sha256,
+            **_nested({name: value for name, value in leaves.items() if name not in tensors}),
         }
         write_json(folder / STATE_FILE, table)
     return path
+
+
+def save_frozen_trunk(run_folder: Path, state: RunState) -> None:
+    """Write the trunk of a run that does not train it, once, where its checkpoints look for it."""
+    if not state.trains_trunk:
+        with atomic_folder(run_folder / TRUNK_FOLDER) as folder:
+            save_trunk(state.model, folder)
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, value) of every leaf of nested tables, the keys on the way joined by `//`; an empty table has none.
+
+    >>> list(_leaves({"clock": {"step": 3}, "sampler": {}}))
+    [('clock//step', 3)]
+    """
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}//")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables that `_leaves` took apart.
+
+    >>> _nested({"clock//step": 3})
+    {'clock': {'step': 3}}
+    """
+    tables: dict[str, Any] = {}
+    for path, value in leaves.items():
+        *way, key = path.split("//")
+        table = tables
+        for part in way:
+            table = table.setdefault(part, {})
+        table[key] = value
+    return tables
 
 
 def remove_old_checkpoints(run_folder: Path, keep: int) -> None:
@@ -121,6 +234,8 @@ def remove_run(run_folder: Path) -> None:
     events = run_folder / "tensorboard"
     for path in events.glob("events.out.tfevents.*"):
         path.unlink()
+    if (run_folder / TRUNK_FOLDER).exists():
+        shutil.rmtree(run_folder / TRUNK_FOLDER)
     for folder in (run_folder / "checkpoints", events):
         if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()
@@ -164,22 +279,19 @@ def restore(path: Path, state: RunState, train_tokens_sha256: str) -> None:
         tensors = read_tensors(path / TENSORS_FILE)
         if sorted(tensors) != table["tensors"]:
             raise CheckpointError(f"{path / TENSORS_FILE} does not hold the tensors that {STATE_FILE} names")
-        saved = load_model(path).state_dict()
+        folder = ModelFolder.open(path)
+        saved = read_state(folder, state.model, with_trunk=state.trains_trunk)
     if table["train_tokens_sha256"] != train_tokens_sha256:
         raise DataError(
             f"the training tokens differ from those {path} was trained on: the corpus or the tokenizer has changed; "
             "resume with the same data, or start a new run folder"
         )
-    try:
-        state.model.load_state_dict(saved)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} holds another model than the recipe describes: {error}") from None
-    moments = {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")}
-    state.optimizer.load_state_tensors(moments)
-    state.sampler.load_state_dict(table["sampler"])
-    for name, value in table["clock"].items():
-        setattr(state.clock, name, value)
-    _set_random_state(tensors, table["random"])
+    load_state(state.model, saved, folder, with_trunk=state.trains_trunk)
+    parts = {name: value for name, value in table.items() if name in state.parts}
+    tables = _nested(dict(_leaves(parts)) | tensors)
+    for name, part in state.parts.items():
+        if name != "model":
+            part.load_state_dict(tables.get(name, {}))
 
 
 @contextmanager
@@ -217,7 +329,8 @@ def check_run_folder(run_folder: Path, recipe: Recipe, *, resume: bool) -> None:
 
     Args:
         run_folder: where the run is to be.
-        recipe: its settings; a `model.vocab_size` of 0, which only the tokenizer can tell, is not compared.
+        recipe: its settings; a `model.vocab_size` of 0, which only the tokenizer can tell, is not compared, nor `[mtp]`
+            where the folder of a loaded trunk decides about it.
         resume: as in `Trainer.train`.
 
     Raises:
@@ -234,7 +347,9 @@ def check_run_folder(run_folder: Path, recipe: Recipe, *, resume: bool) -> None:
     if not path.exists():
         raise CheckpointError(f"nothing to resume: {run_folder} holds no recipe.json; start the run without resume")
     found = read_recipe(path)
-    if recipe.model.vocab_size == 0:
+    if recipe.trunk.from_ is not None:
+        recipe = replace(recipe, mtp=found.mtp)
+    elif recipe.model.vocab_size == 0:
         recipe = replace(recipe, model=replace(recipe.model, vocab_size=found.model.vocab_size))
     check_same_recipe(found, recipe, path)
 
@@ -253,41 +368,3 @@ def check_same_recipe(found: Recipe, wanted: Recipe, path: Path) -> None:
             "A resumed run repeats an uninterrupted one bit for bit, so every setting must stay, num_steps too: the "
             "learning-rate schedule depends on it. Restore the settings, or start a new run folder."
         )
-
-
-def seed_generators(seed: int) -> None:
-    """Seed the global random generators of torch (all devices), numpy and Python."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
-def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """States of the global random generators, as tensors and as JSON."""
-    name, key, position, has_gauss, cached_gaussian = np.random.get_state(legacy=True)
-    version, internal, gauss_next = random.getstate()
-    tensors = {
-        "random/torch": torch.get_rng_state(),
-        "random/numpy": torch.from_numpy(np.asarray(key).astype(np.int64)),
-        "random/python": torch.tensor(internal, dtype=torch.int64),
-    }
-    if torch.cuda.is_available():
-        for index, cuda_state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"random/cuda/{index}"] = cuda_state
-    table = {
-        "numpy": [name, position, has_gauss, cached_gaussian],
-        "python": [version, gauss_next],
-    }
-    return tensors, table
-
-
-def _set_random_state(tensors: dict[str, Tensor], table: dict[str, Any]) -> None:
-    torch.set_rng_state(tensors["random/torch"])
-    name, position, has_gauss, cached_gaussian = table["numpy"]
-    np.random.set_state((name, tensors["random/numpy"].numpy().astype(np.uint32), position, has_gauss, cached_gaussian))
-    version, gauss_next = table["python"]
-    random.setstate((version, tuple(tensors["random/python"].tolist()), gauss_next))
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            if f"random/cuda/{index}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"random/cuda/{index}"], index)

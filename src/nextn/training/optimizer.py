@@ -126,9 +126,9 @@ class TrainingOptimizer:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def grad_norm(self) -> Tensor:
-        """Euclidean norm of all gradients taken as one vector, float scalar."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+    def gradients(self) -> list[Tensor]:
+        """Those that there are."""
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
 
     def non_finite_gradients(self) -> list[str]:
         """Names of the parameters whose gradient holds a NaN or an infinity."""
@@ -145,33 +145,33 @@ class TrainingOptimizer:
             optimizer.step()
         return self.config.learning_rate * factor
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Moments and step counts, named `<parameter>/<quantity>`; `load_state_tensors` takes them back."""
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Moments and step counts by parameter and quantity; `load_state_dict` takes them back."""
         return {
-            f"{name}/{key}": tensor
+            name: dict(self._optimizer_of[name].state[parameter])
             for name, parameter in self.parameters.items()
-            for key, tensor in self._optimizer_of[name].state.get(parameter, {}).items()
+            if self._optimizer_of[name].state.get(parameter)
         }
 
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state_tensors` gave.
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Restore what `state_dict` gave.
 
         Raises:
             CheckpointError: a tensor belongs to no parameter of this model, or has another shape.
         """
         restored: dict[str, dict[str, Tensor]] = {}
-        for full_name, tensor in tensors.items():
-            name, _, key = full_name.rpartition("/")
+        for name, quantities in state.items():
             parameter = self.parameters.get(name)
-            if parameter is None or tensor.shape not in (parameter.shape, torch.Size([])):
-                raise CheckpointError(
-                    f"optimizer state {full_name!r} of shape {tuple(tensor.shape)} does not fit this model: "
-                    f"{'no such parameter' if parameter is None else f'the parameter is {tuple(parameter.shape)}'}; "
-                    "resume with the recipe the checkpoint was trained with"
-                )
-            restored.setdefault(name, {})[key] = tensor.to(parameter.device, copy=True)
+            for key, tensor in quantities.items():
+                if parameter is None or tensor.shape not in (parameter.shape, torch.Size([])):
+                    here = "no such parameter" if parameter is None else f"the parameter is {tuple(parameter.shape)}"
+                    raise CheckpointError(
+                        f"optimizer state {f'{name}/{key}'!r} of shape {tuple(tensor.shape)} does not fit this model: "
+                        f"{here}; resume with the recipe the checkpoint was trained with"
+                    )
+                restored.setdefault(name, {})[key] = tensor.to(parameter.device, copy=True)
         for name, parameter in self.parameters.items():
-            state = self._optimizer_of[name].state
-            state.pop(parameter, None)
+            held = self._optimizer_of[name].state
+            held.pop(parameter, None)
             if name in restored:
-                state[parameter] = restored[name]
+                held[parameter] = restored[name]

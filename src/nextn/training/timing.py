@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from nextn.config import CurriculumConfig, Recipe, ScheduleConfig
-from nextn.training.prepare import PreparedData, new_model
+from nextn.data.prepare import PreparedData
+from nextn.mtp.fresh import new_model
 from nextn.training.trainer import Trainer
 
 STEPS_PER_TURN = 3

@@ -7,19 +7,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from nextn.config import Recipe
 from nextn.data import PackedTokens, RowSampler, token_importance, validation_rows
-from nextn.errors import CheckpointError, DivergenceError
+from nextn.distributed import OneProcess, World
+from nextn.errors import CheckpointError, ConfigError, DivergenceError
 from nextn.files import list_checkpoints, make_folder, write_json
 from nextn.model.balancing import update_routing_biases
 from nextn.model.device import require_compiler, resolve_device
 from nextn.mtp import MTPModel
+from nextn.mtp.fresh import check_recipe
 from nextn.objective import Progress, StepObjective, batch_totals
 from nextn.tables import to_table
 from nextn.training.checkpoint import (
@@ -29,14 +31,13 @@ from nextn.training.checkpoint import (
     remove_old_checkpoints,
     restore,
     save_checkpoint,
-    seed_generators,
+    save_frozen_trunk,
     tokens_sha256,
 )
 from nextn.training.evaluation import evaluate_teacher_forced
 from nextn.training.hardware import resolve_precision
 from nextn.training.metrics import MetricsWriter, read_metrics, require_tensorboard
 from nextn.training.optimizer import TrainingOptimizer
-from nextn.training.prepare import check_recipe
 from nextn.training.progress import TrainingProgress
 
 
@@ -61,15 +62,56 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step did; fields as in metrics.jsonl."""
+    """What one optimizer step did. Figures stay on the device until somebody reads them; lists are as in metrics.jsonl.
 
-    loss: float
-    loss_per_depth: list[float | None]
+    Attributes:
+        sums: the total loss, the balance loss before its factor and the gradient norm before clipping, float [3].
+        depth_losses: L_0..L_K in nats, [K+1]; NaN for a depth that was not computed.
+        depth_weights: of L_1..L_K.
+        learning_rate: AdamW's.
+        expert_loads: tokens each expert received, int64 [E], by layer.
+    """
+
+    sums: Tensor
+    depth_losses: Tensor
     depth_weights: list[float]
-    balance_loss: float
     learning_rate: float
-    grad_norm: float
-    expert_load_max_over_mean: dict[str, float]
+    expert_loads: dict[str, Tensor]
+
+    @property
+    def loss(self) -> float:
+        """The total that was minimised, in nats."""
+        return self.sums[0].item()
+
+    @property
+    def balance_loss(self) -> float:
+        """The sequence-wise balance loss before its factor, summed over layers."""
+        return self.sums[1].item()
+
+    @property
+    def loss_per_depth(self) -> list[float | None]:
+        """L_0..L_K, None for a depth that was not computed."""
+        return [value if math.isfinite(value) else None for value in self.depth_losses.tolist()]
+
+    @property
+    def expert_load_max_over_mean(self) -> dict[str, float]:
+        """The busiest expert's load relative to the mean, by layer; without layers that no token reached."""
+        return {
+            layer: float(load.max() / load.float().mean()) for layer, load in self.expert_loads.items() if load.any()
+        }
+
+    def to_table(self) -> dict[str, Any]:
+        """Fields of a train line of metrics.jsonl."""
+        loss, balance_loss, grad_norm = self.sums.tolist()
+        return {
+            "loss": loss,
+            "loss_per_depth": self.loss_per_depth,
+            "depth_weights": self.depth_weights,
+            "balance_loss": balance_loss,
+            "learning_rate": self.learning_rate,
+            "grad_norm": grad_norm,
+            "expert_load_max_over_mean": self.expert_load_max_over_mean,
+        }
 
 
 class Trainer:
@@ -88,9 +130,10 @@ class Trainer:
             metrics.jsonl as "decoding". None: only the teacher-forced part is evaluated.
         provenance: goes into provenance.json as it is.
         console: where progress goes; None: standard error.
+        world: the processes of the run; None: this one alone, on the recipe's device.
 
     Raises:
-        ConfigError: settings that contradict the scheme.
+        ConfigError: settings that contradict the scheme or the trunk, or nothing that is trained.
         DeviceError: the device or precision asked for is not here, or compiling was asked for and no compiler is.
         DataError: the corpus is shorter than a row.
     """
@@ -106,14 +149,17 @@ class Trainer:
         evaluate: Callable[[MTPModel], dict[str, Any]] | None,
         provenance: dict[str, Any],
         console: Console | None = None,
+        world: World | None = None,
     ) -> None:
         training, data = recipe.training, recipe.data
         check_recipe(recipe)
         self.recipe, self.run_folder = recipe, Path(run_folder)
         self.evaluate, self.provenance, self.console = evaluate, provenance, console
-        self.device = resolve_device(training.device)
+        self.world = world or OneProcess(resolve_device(training.device))
+        self.device = self.world.device
         self.precision = resolve_precision(training.precision, self.device)
         self.model = model.to(self.device)
+        _check_trainable(self.model, isolate_documents=data.isolate_documents)
         if training.tensorboard:
             require_tensorboard()
         if training.compile:
@@ -121,7 +167,7 @@ class Trainer:
             self.model.compile_layers()
         if training.recompute:
             self.model.recompute_layers()
-        self._expert_loads: dict[str, Tensor] = {}  # of the last step
+        self._report: StepReport | None = None  # of the last step
         self._importance = token_importance(recipe.objective, model.tokenizer, train_tokens)
         sampler = RowSampler(train_tokens, data.sequence_length, training.batch_size, training.seed)
         optimizer = TrainingOptimizer(self.model, recipe.optimizer, training.num_steps)
@@ -143,8 +189,8 @@ class Trainer:
             DataError: resuming with other training tokens.
             DivergenceError: the loss or a gradient became NaN or infinite; the last checkpoint is untouched.
         """
-        self.model.train()
-        seed_generators(self.recipe.training.seed)
+        self._set_training()
+        self.state.random.seed(self.recipe.training.seed)
         check_run_folder(self.run_folder, self.recipe, resume=resume)
         self._resume() if resume else self._begin()
         clock, num_steps = self.state.clock, self.recipe.training.num_steps
@@ -173,11 +219,20 @@ class Trainer:
         make_folder(self.run_folder)
         write_json(self.run_folder / "provenance.json", self.provenance)
         write_json(self.run_folder / "recipe.json", to_table(self.recipe))
+        save_frozen_trunk(self.run_folder, self.state)
 
     def _resume(self) -> None:
         checkpoints = list_checkpoints(self.run_folder)
         if checkpoints:
             restore(checkpoints[-1], self.state, self._train_tokens_sha256)
+        else:
+            save_frozen_trunk(self.run_folder, self.state)
+
+    def _set_training(self) -> None:
+        """The model in training mode; a frozen trunk computes as it will when it decodes."""
+        self.model.train()
+        if not any(parameter.requires_grad for parameter in cast(nn.Module, self.model.trunk).parameters()):
+            cast(nn.Module, self.model.trunk).eval()
 
     def _loop(self, metrics: MetricsWriter, progress: TrainingProgress) -> None:
         training, clock = self.recipe.training, self.state.clock
@@ -189,10 +244,10 @@ class Trainer:
             clock.training_s += time.perf_counter() - step_started
             clock.elapsed_s = time.perf_counter() - started
             tok_per_s = (clock.num_tokens - logged_tokens) / (clock.training_s - logged_s)
-            progress.update(clock.step, report.loss, tok_per_s)
+            progress.update(clock.step, report, tok_per_s)
             if self._is_due(training.log_every) or clock.step == 1:
                 logged_tokens, logged_s = clock.num_tokens, clock.training_s
-                metrics.write(self._record("train") | vars(report) | {"tok_per_s": tok_per_s})
+                metrics.write(self._record("train") | report.to_table() | {"tok_per_s": tok_per_s})
             if self._is_due(training.evaluate_every):
                 metrics.write(self._evaluate())
             clock.elapsed_s = time.perf_counter() - started
@@ -219,9 +274,10 @@ class Trainer:
         recipe, clock, optimizer = self.recipe, self.state.clock, self.state.optimizer
         num_depths = recipe.mtp.num_depths
         batch = self.state.sampler.next_batch()
-        input_ids = batch.input_ids.to(self.device)
-        document_ids = batch.document_ids.to(self.device) if recipe.data.isolate_documents else None
-        label_weights = None if self._importance is None else self._importance(batch.input_ids).to(self.device)
+        own = self.world.rows(len(batch.input_ids))
+        input_ids = batch.input_ids[own].to(self.device)
+        document_ids = batch.document_ids[own].to(self.device) if recipe.data.isolate_documents else None
+        label_weights = None if self._importance is None else self._importance(batch.input_ids[own]).to(self.device)
         progress = Progress(clock.step, clock.num_tokens, recipe.training.num_steps)
         objective = StepObjective.of(recipe.objective, num_depths, progress)
         # Totals of the whole batch: each micro-batch adds its share of one sum, so its size does not matter.
@@ -249,31 +305,25 @@ class Trainer:
             balance_loss += output.balance_loss
             for layer, load in output.expert_loads.items():
                 loads[layer] = loads.get(layer, 0) + load
-        grad_norm = optimizer.grad_norm()
+        self.world.sum_gradients(optimizer.parameters.values())
+        loss, loss_per_depth, balance_loss = map(self.world.sum, (loss, loss_per_depth, balance_loss))
+        loads = {layer: self.world.sum(load) for layer, load in loads.items()}
+        grad_norm = self.world.global_norm(optimizer.gradients())
         self._check_finite(loss, loss_per_depth, grad_norm, objective.depth_weights)
         learning_rate = optimizer.step(clock.step, grad_norm)
-        self._expert_loads = loads
         with_mtp = recipe.training.balance_mtp_blocks
         balanced = {name: load for name, load in loads.items() if with_mtp or not name.startswith("scheme.")}
         update_routing_biases(self.model, balanced, recipe.training.bias_update_speed)
         clock.step += 1
-        clock.num_tokens += input_ids.numel()
-        return StepReport(
-            loss=loss.item(),
-            loss_per_depth=[value if math.isfinite(value) else None for value in loss_per_depth.tolist()],
-            depth_weights=list(objective.depth_weights),
-            balance_loss=balance_loss.item(),
-            learning_rate=learning_rate,
-            grad_norm=grad_norm.item(),
-            expert_load_max_over_mean={
-                layer: float(load.max() / load.float().mean()) for layer, load in loads.items() if load.any()
-            },
-        )
+        clock.num_tokens += batch.input_ids.numel()
+        sums = torch.stack((loss, balance_loss, grad_norm.to(loss.dtype)))
+        self._report = StepReport(sums, loss_per_depth, list(objective.depth_weights), learning_rate, loads)
+        return self._report
 
     def _check_finite(
         self, loss: Tensor, loss_per_depth: Tensor, grad_norm: Tensor, weights: tuple[float, ...]
     ) -> None:
-        if math.isfinite(loss.item()) and math.isfinite(grad_norm.item()):
+        if bool(loss.isfinite() & grad_norm.isfinite()):  # the one value that every step waits for
             return
         counted = zip(loss_per_depth.tolist(), (1.0, *weights), strict=True)
         bad = [(depth, value) for depth, (value, weight) in enumerate(counted) if weight and not math.isfinite(value)]
@@ -308,13 +358,12 @@ class Trainer:
                 f"by step {self.state.clock.step}: held-out losses are {teacher_forced.loss_per_depth}"
             )
         record = self._record("evaluation") | teacher_forced.to_table()
-        record["expert_load"] = {
-            layer: (load / load.sum()).tolist() for layer, load in self._expert_loads.items() if load.any()
-        }
+        loads = {} if self._report is None else self._report.expert_loads
+        record["expert_load"] = {layer: (load / load.sum()).tolist() for layer, load in loads.items() if load.any()}
         if self.evaluate is not None:
             self.model.eval()
             record["decoding"] = self.evaluate(self.model)
-            self.model.train()
+            self._set_training()
         return record
 
     def _save(self) -> None:
@@ -329,6 +378,17 @@ class Trainer:
             provenance=self.provenance,
         )
         remove_old_checkpoints(self.run_folder, self.recipe.training.num_kept_checkpoints)
+
+
+def _check_trainable(model: MTPModel, isolate_documents: bool) -> None:
+    """Raise ConfigError where no weight is trained, or where the trunk cannot keep packed documents apart."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("no weight of this model is trained; set trunk.train = 'all', or mtp.num_depths above 0")
+    if isolate_documents:
+        try:
+            model.trunk.context(2, torch.tensor([[0, 1]], device=model.trunk.device))
+        except ConfigError as error:
+            raise ConfigError(f"{error}, or set data.isolate_documents = false") from None
 
 
 def _last_evaluation(path: Path) -> dict[str, Any]:

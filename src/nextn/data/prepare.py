@@ -1,16 +1,15 @@
-"""From a recipe to everything a run needs: corpus, tokenizer, packed tokens, and a fresh model."""
+"""From settings to the text of a run: corpus, tokenizer, packed tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from nextn.config import DataConfig, Recipe
-from nextn.data import Corpus, PackedTokens, Tokenizer, build_tokenizer, load_corpus, pack, require_row
-from nextn.data.corpora import hold_out_all
-from nextn.errors import ConfigError
-from nextn.mtp import MTPModel, check_scheme
+from nextn.config import DataConfig
+from nextn.data.corpora import Corpus, hold_out_all, load_corpus
+from nextn.data.packing import PackedTokens, pack, require_row
+from nextn.data.tokenizers import Tokenizer, build_tokenizer
 
 
 def _silent(text: str) -> None:
@@ -54,17 +53,24 @@ class PreparedData:
         }
 
 
-def prepare_data(config: DataConfig, say: Callable[[str], None] = _silent) -> PreparedData:
+def prepare_data(
+    config: DataConfig, say: Callable[[str], None] = _silent, tokenizer: Tokenizer | None = None
+) -> PreparedData:
     """Read the corpus, build the tokenizer that the settings name, and pack both parts.
 
-    `say` is told what begins, since each of it may take a minute. Raises DataError when the corpus cannot be read, is
-    empty, or is shorter than a row.
+    Args:
+        config: names corpus and tokenizer.
+        say: called with a progress message before each slow step.
+        tokenizer: of a model that is loaded; None: the one that the settings name.
+
+    Raises DataError when the corpus cannot be read, is empty, or is shorter than a row.
     """
     say(f"reading {config.corpus}")
     corpus = load_corpus(config)
-    if config.tokenizer.startswith("bpe:"):
-        say(f"training the tokenizer {config.tokenizer}")
-    tokenizer = build_tokenizer(config.tokenizer, corpus)
+    if tokenizer is None:
+        if config.tokenizer.startswith("bpe:"):
+            say(f"training the tokenizer {config.tokenizer}")
+        tokenizer = build_tokenizer(config.tokenizer, corpus)
     say("turning text into tokens")
     data = PreparedData(corpus, tokenizer, pack(corpus.train, tokenizer), pack(corpus.validation, tokenizer))
     require_row(data.train, config.sequence_length, "training")
@@ -98,32 +104,3 @@ def prepare_held_out(
     data = PreparedData(corpus, tokenizer, pack((), tokenizer), pack(corpus.validation, tokenizer))
     require_row(data.validation, config.sequence_length, "validation")
     return data
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Raise ConfigError for settings that the scheme ignores, or drafts that it cannot make; no data is needed."""
-    draft_length = recipe.evaluation.draft_length if recipe.evaluation.num_prompts else 0
-    check_scheme(recipe.mtp, recipe.objective.detach, draft_length)
-
-
-def fit_vocabulary(recipe: Recipe, tokenizer: Tokenizer) -> Recipe:
-    """The recipe with `model.vocab_size` = 0 replaced by the tokenizer's.
-
-    Raises ConfigError when the recipe asks for fewer tokens than the tokenizer has.
-    """
-    wanted = recipe.model.vocab_size
-    if wanted == 0:
-        return replace(recipe, model=replace(recipe.model, vocab_size=tokenizer.vocab_size))
-    if wanted < tokenizer.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size = {wanted}, but the tokenizer ({recipe.data.tokenizer}) has {tokenizer.vocab_size} "
-            "tokens; leave vocab_size out to take the tokenizer's"
-        )
-    return recipe
-
-
-def new_model(recipe: Recipe, tokenizer: Tokenizer) -> MTPModel:
-    """A model with fresh weights from the recipe's seed, the tokenizer attached."""
-    model = MTPModel(recipe.model, recipe.mtp).initialize(recipe.training.seed)
-    model.tokenizer = tokenizer
-    return model
