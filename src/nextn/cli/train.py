@@ -12,9 +12,10 @@ from nextn.cli.output import interruptible, messages, print_evaluation, status
 from nextn.config import load_recipe
 from nextn.errors import ConfigError
 from nextn.evaluation.free_running import acceptance_probe
+from nextn.interop.start import load_start, start
 from nextn.model.device import resolve_device
 from nextn.provenance import collect
-from nextn.training import Trainer, check_recipe, check_run_folder, fit_vocabulary, new_model, prepare_data
+from nextn.training import Trainer, check_recipe, check_run_folder
 from nextn.training.dry_run import print_dry_run
 
 
@@ -52,17 +53,20 @@ def train(
     if dry_run:
         if resume:
             raise ConfigError("--dry-run trains nothing, so it takes no --resume: leave one of them out")
-        print_dry_run(Console(markup=False, highlight=False), settings, run_folder)
+        model = None
+        if settings.trunk.from_ is not None:
+            with status(console) as say:
+                settings, model = load_start(settings, say=say)
+        print_dry_run(Console(markup=False, highlight=False), settings, run_folder, model)
         return
     device = resolve_device(settings.training.device)
     check_run_folder(run_folder, settings, resume=resume)  # before the corpus, which may take a minute to read
     with status(console) as say:
-        data = prepare_data(settings.data, say)
-    settings = fit_vocabulary(settings, data.tokenizer)
+        settings, model, data = start(settings, run_folder, say)
     console.print(f"{data.summary()}; run folder {run_folder}")
     trainer = Trainer(
         settings,
-        new_model(settings, data.tokenizer),
+        model,
         data.train,
         data.validation,
         run_folder,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from nextn.config import DataConfig, MTPConfig, Recipe
 from nextn.data.prepare import PreparedData, prepare_data
@@ -19,8 +20,7 @@ _STRUCTURE_ALONE = ("num_depths", "share_weights")
 """Settings of a chain that modules with the same weights may have otherwise: how often they are used."""
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """A run about to begin or to go on.
 
     Attributes:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +21,7 @@ from nextn.errors import DeviceError
 from nextn.files import write_text
 from nextn.model.device import resolve_device
 from nextn.mtp import MTPModel
-from nextn.mtp.cost import model_cost
+from nextn.mtp.cost import model_cost, weightless_model
 from nextn.objective import Progress, depth_weights, stage_at
 from nextn.training import learning_rate_factor, resolve_precision
 
@@ -107,8 +106,14 @@ def changes(recipe: Recipe) -> dict[int, list[str]]:
     return {step: [text for at, text in found if at == step] for step in steps}
 
 
-def print_dry_run(console: Console, recipe: Recipe, run_folder: Path) -> None:
+def print_dry_run(console: Console, recipe: Recipe, run_folder: Path, model: MTPModel | None = None) -> None:
     """Say what the run would be, and write `schedule.svg` into its folder; no corpus is read, nothing is trained.
+
+    Args:
+        console: where to print.
+        recipe: its settings.
+        run_folder: where the run would be.
+        model: that the run starts from; None: a fresh one, which is not built.
 
     Raises:
         ConfigError: the settings contradict each other in a way that only building the model shows.
@@ -117,7 +122,7 @@ def print_dry_run(console: Console, recipe: Recipe, run_folder: Path) -> None:
     header = Table.grid(padding=(0, 2))
     header.add_column(no_wrap=True)
     header.add_column(overflow="fold")  # paths are long, and must be whole
-    for name, value in _header(recipe, run_folder):
+    for name, value in _header(recipe, run_folder, model):
         header.add_row(name, value)
     table = _schedule_table(recipe)
     if not console.is_terminal:  # a file is as wide as its content
@@ -165,9 +170,11 @@ def schedule_plot(recipe: Recipe) -> str:
     return buffer.getvalue()
 
 
-def _header(recipe: Recipe, run_folder: Path) -> Iterator[tuple[str, str]]:
+def _header(recipe: Recipe, run_folder: Path, model: MTPModel | None) -> Iterator[tuple[str, str]]:
     training, optimizer, mtp = recipe.training, recipe.optimizer, recipe.mtp
     yield "run folder", str(run_folder)
+    if recipe.trunk.from_ is not None:
+        yield "trunk", f"from {recipe.trunk.from_}, train = {recipe.trunk.train}"
     yield "steps", f"{training.num_steps:,} of {training.batch_size} x {recipe.data.sequence_length} tokens"
     yield "tokens", f"{training.num_steps * _tokens_per_step(recipe):,}"
     yield "MTP", f"{mtp.scheme}, K = {mtp.num_depths}" if mtp.num_depths else "none (K = 0)"
@@ -180,14 +187,17 @@ def _header(recipe: Recipe, run_folder: Path) -> Iterator[tuple[str, str]]:
         yield "device", f"{device}, {precision.name} ({precision.reason})"
     except DeviceError as error:  # a recipe for another machine may be looked at here
         yield "device", f"not this machine's: {error}"
-    vocab_size = _known_vocab_size(recipe)
-    if not vocab_size:
-        yield "parameters", f"not known before the corpus is read (tokenizer {recipe.data.tokenizer})"
-        return
-    with torch.device("meta"):  # sizes without memory
-        model = MTPModel(replace(recipe.model, vocab_size=vocab_size), mtp)
-    cost = model_cost(model, recipe.data.sequence_length)
+    if model is None:
+        vocab_size = _known_vocab_size(recipe)
+        if not vocab_size:
+            yield "parameters", f"not known before the corpus is read (tokenizer {recipe.data.tokenizer})"
+            return
+        model = weightless_model(replace(recipe.model, vocab_size=vocab_size), mtp)
+    vocab_size, cost = model.trunk.vocab_size, model_cost(model, recipe.data.sequence_length)
+    num_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     yield "parameters", f"{cost.num_parameters:,}, of which MTP {cost.num_mtp_parameters:,}; vocabulary {vocab_size:,}"
+    if num_trained != cost.num_parameters:
+        yield "trained", f"{num_trained:,} parameters"
     yield "MTP overhead", f"{cost.mtp_flops_overhead:.1%} more training FLOPs per token while all depths are on"
 
 
