@@ -5,6 +5,7 @@ What cannot be served is refused with every reason; nothing is left out to make 
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ from nextn.files import MAX_SHARD_BYTES, atomic_folder, write_json
 from nextn.interop.canonical import canonical
 from nextn.interop.engines import launch_line, reasons_against
 from nextn.interop.gguf import write_gguf
-from nextn.mtp import find_checkpoint, load_model, save_model
+from nextn.interop.load import load
+from nextn.mtp.config_file import NATIVE
+from nextn.mtp.model import MTPModel
+from nextn.mtp.store import ModelFolder, save_model
 
 FORMATS = {"hf": "transformers", "vllm": "vllm", "sglang": "sglang", "gguf": "llamacpp"}
 """What `--to` takes, and the engine that reads it."""
@@ -55,7 +59,7 @@ def export_model(
     """Write a model for an engine.
 
     Args:
-        path: a checkpoint in DeepSeek-V3's layout, or a run folder, whose newest one is taken.
+        path: a checkpoint, or a run folder, whose newest one is taken. hf takes any family, the others DeepSeek-V3's.
         to: hf, vllm, sglang or gguf.
         out: the folder or, for gguf, the file to write; it must not exist.
         dtype: of the weights. Folders: float32, bfloat16 or float16; None: float32. GGUF: f32, bf16 or q8_0; None: f32.
@@ -73,20 +77,36 @@ def export_model(
         raise ExportError(f"{out} exists already; name another place, or remove it first")
     if to != "gguf" and dtype not in (None, *FOLDER_DTYPES):
         raise ExportError(f"unknown dtype {dtype!r} for --to {to}; known: {', '.join(FOLDER_DTYPES)}")
-    engine, folder = FORMATS[to], find_checkpoint(path)
+    engine, folder = FORMATS[to], ModelFolder.open(path)
     computed = "float32" if to == "gguf" else dtype or "float32"
-    model = canonical(load_model(folder, dtype=computed))
+    if folder.table.get("model_type") != NATIVE and to != "hf":
+        raise ExportError(
+            f"nextn writes DeepSeek-V3's layout for {engine}, and {folder.path} is of model_type "
+            f"{folder.table.get('model_type')!r}; --to hf writes it in its own layout, which engines read without MTP"
+        )
+    model = load(folder.path, dtype=computed)
+    if folder.table.get("model_type") != NATIVE:
+        _write_folder(model, folder.path, out, max_shard_bytes, provenance)
+        return Exported(out, engine, f"nextn generate {shlex.quote(str(out))} -p TEXT")
+    model = canonical(model)
     if reasons := reasons_against(engine, model.config, model.mtp_config):
         what = " with its MTP modules" if model.num_depths else ""
-        raise ExportError(f"{engine} cannot serve {folder}{what}: {'; '.join(reasons)}")
+        raise ExportError(f"{engine} cannot serve {folder.path}{what}: {'; '.join(reasons)}")
     if to == "gguf":
         write_gguf(model, out, dtype or "f32")
     else:
-        with atomic_folder(out) as temporary:
-            save_model(model, temporary, max_shard_bytes)
-            write_json(temporary / "provenance.json", dict(provenance or {}))
-            for name in CARRIED_ALONG:
-                if (folder / name).exists():
-                    shutil.copyfile(folder / name, temporary / name)
+        _write_folder(model, folder.path, out, max_shard_bytes, provenance)
     line = launch_line(engine, out, model.config, model.mtp_config, draft_length if model.num_depths else 0, computed)
     return Exported(out, engine, line)
+
+
+def _write_folder(
+    model: MTPModel, source: Path, out: Path, max_shard_bytes: int, provenance: Mapping[str, Any] | None
+) -> None:
+    """Write the whole model as a folder, whatever the checkpoint left where."""
+    with atomic_folder(out) as temporary:
+        save_model(model, temporary, max_shard_bytes)
+        write_json(temporary / "provenance.json", dict(provenance or {}))
+        for name in CARRIED_ALONG:
+            if (source / name).exists():
+                shutil.copyfile(source / name, temporary / name)
