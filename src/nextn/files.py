@@ -225,6 +225,14 @@ class TensorFiles:
             )
         return opened
 
+    def __deepcopy__(self, _: Any) -> TensorFiles:
+        """Itself: open files cannot be copied, and nothing changes them."""
+        return self
+
+    def together_with(self, others: TensorFiles) -> TensorFiles:
+        """The tensors of both, which have no name in common."""
+        return TensorFiles(self._files | others._files)
+
     @property
     def names(self) -> tuple[str, ...]:
         """Every tensor's name, sorted."""

@@ -28,6 +28,7 @@ from nextn.data import ByteTokenizer
 from nextn.errors import CheckpointError
 from nextn.files import atomic_folder
 from nextn.interop import hf_layout
+from nextn.interop.doctor import examine
 from nextn.interop.load import load_with_transformers
 from nextn.mtp import MTPModel, save_model, store
 
@@ -218,6 +219,18 @@ def test_what_a_multimodal_model_holds_beside_its_language_model_is_carried_over
         stored["model.visual.blocks.0.attn.proj.weight"], tower["model.visual.blocks.0.attn.proj.weight"]
     )
     assert stored.keys() == tensors.keys() | tower.keys()
+
+
+def test_the_doctor_knows_modules_beside_any_trunk(tmp_path: Path):
+    model = perturbed(with_modules(plain_folder("llama", tmp_path / "theirs"), SCHEMES["one recursive module"]))
+    out = saved(model, tmp_path / "ours")
+    diagnosis = examine(out)
+    assert diagnosis.is_healthy
+    assert (diagnosis.num_declared, diagnosis.num_stored) == (1, 1)
+    assert dict(diagnosis.conventions)["concat"] == "embed_first"
+    held = load_file(out / "mtp" / "model.safetensors")
+    save_file({name: t for name, t in held.items() if "k_proj" not in name}, out / "mtp" / "model.safetensors")
+    assert not examine(out).is_healthy, "a tensor that is lost is missed"
 
 
 def test_greedy_decoding_is_the_same_before_and_after(tmp_path: Path):

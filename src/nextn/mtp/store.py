@@ -115,6 +115,11 @@ class ModelFolder:
         """LoRA factors lie beside the trunk that they change."""
         return (self.path / ADAPTER_FOLDER / ADAPTER_FILE).exists()
 
+    @cached_property
+    def own_modules(self) -> TensorFiles:
+        """The MTP modules' tensors in nextn's layout. Raises CheckpointError."""
+        return TensorFiles.open(self.path / MODULES_FILE)
+
     def own_settings(self) -> MTPConfig | None:
         """`mtp` under nextn's key, complete; None without the key. Raises CheckpointError for settings cut short."""
         from nextn.config import MTPConfig
@@ -301,7 +306,7 @@ def _module_tensors(model: MTPModel) -> dict[str, Tensor]:
 
 def _module_state(folder: ModelFolder, model: MTPModel) -> dict[str, Tensor]:
     """The scheme's state from `MODULES_FILE`. Raises CheckpointError naming tensors as they are stored."""
-    files = TensorFiles.open(folder.path / MODULES_FILE)
+    files = folder.own_modules
     wanted = shapes(_module_tensors(model)) if model.scheme is not None else {}
     missing, unexpected, misshapen = unlike(wanted, {name: files.shape(name) for name in files.names})
     if missing or unexpected:

@@ -30,6 +30,7 @@ from nextn.interop.doctor.values import TensorStatistics
 from nextn.interop.gguf import GgufFile
 from nextn.mtp.config_file import num_released_modules
 from nextn.mtp.registry import scheme_class
+from nextn.mtp.store import ModelFolder
 
 _INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")
 _ORDERS = {
@@ -64,14 +65,15 @@ def examine(path: Path, say: Callable[[str], None] = _silent) -> Diagnosis:
     try:
         if kind == "folder":
             declaration = declared_in_folder(place)
-        source: TensorFiles | GgufFile = GgufFile(place) if kind == "gguf" else TensorFiles.open(place)
+        source: TensorFiles | GgufFile = GgufFile(place) if kind == "gguf" else _tensors(place, declaration)
         if isinstance(source, GgufFile):
             declaration = declared_in_gguf(source.metadata)
     except CheckpointError as error:
         unreadable = Finding("problem", "unreadable", str(error), _MAKE_AGAIN)
         return Diagnosis(place, kind, declaration.model_type, declaration.count, findings=(unreadable,))
     stored = sort_tensors(source, declaration)
-    wanted, findings = fit.wanted_in_folder(place, declaration) if kind == "folder" else (None, [])
+    is_compared = kind == "folder" and not declaration.has_own_modules
+    wanted, findings = fit.wanted_in_folder(place, declaration) if is_compared else (None, [])
     conventions = _conventions(declaration, wanted) if stored.modules else {}
     is_part = declaration.is_part or (kind != "folder" and is_shard(place))
     findings += _findings_of_names(place, stored, declaration, wanted, is_part)
@@ -92,6 +94,14 @@ def examine(path: Path, say: Callable[[str], None] = _silent) -> Diagnosis:
     )
 
 
+def _tensors(place: Path, declaration: Declaration) -> TensorFiles:
+    """Those of a file or of a folder, with the trunk and the modules that lie elsewhere."""
+    if not declaration.table:
+        return TensorFiles.open(place)
+    folder = ModelFolder(place, declaration.table)
+    return folder.files.together_with(folder.own_modules) if folder.has_own_modules else folder.files
+
+
 def _findings_of_names(
     place: Path, stored: Stored, declaration: Declaration, wanted: Wanted | None, is_part: bool
 ) -> list[Finding]:
@@ -102,6 +112,9 @@ def _findings_of_names(
         findings.append(Finding("info", "one shard", detail, "name the folder, where an index lists the files"))
     elif declaration.is_released_layout:
         findings += _findings_of_modules(stored, declaration, wanted)
+    elif declaration.has_own_modules:
+        counted_tensors = f"{len(stored.mtp_names)} tensors of the scheme {declaration.own['scheme']!r}"  # type: ignore[index]
+        findings.append(Finding("info", "MTP stored", f"{counted_tensors}; nextn.load compares them with the trunk"))
     elif wanted:
         found = stored.shapes(stored.modules.get(0, {}))
         names = {n.removeprefix("mtp."): shape for n, shape in wanted.shapes.items() if n.startswith("mtp.")}

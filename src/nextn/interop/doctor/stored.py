@@ -21,7 +21,8 @@ from nextn.interop.families import FAMILIES, Family, count_keys, family_of, text
 from nextn.interop.gguf_layout import ARCHITECTURE
 from nextn.mtp import find_checkpoint
 from nextn.mtp.layout import RELEASED_SCHEME
-from nextn.mtp.store import CONFIG_FILE
+from nextn.mtp.store import CONFIG_FILE, ModelFolder
+from nextn.tables import to_table
 
 Kind = Literal["folder", "safetensors", "gguf"]
 
@@ -30,6 +31,7 @@ _SHARD = re.compile(r".+-\d+-of-(\d+)\.(?:safetensors|gguf)")
 _TRUNK_LAYER = re.compile(r"(?:(?:model|language_model|backbone)\.)*layers\.(\d+)\.(.+)")
 _GGUF_LAYER = re.compile(r"blk\.(\d+)\.(nextn\.)?(.+)")
 _ONLY_IN_MODULES = re.compile(r"(?:model\.layers|blk)\.(\d+)\.(?:nextn\.)?(?:enorm|hnorm|eh_proj|shared_head)\b.*")
+_OWN_MODULE = re.compile(r"mtp\.layers\.(\d+)\.(?:(block\.)(?:layers\.0\.)?)?(.+)")
 _LOOKS_LIKE_MTP = re.compile(r"(?:^|\.)(?:mtp\w*|nextn|enorm|hnorm|eh_proj|shared_head)(?:\.|$)")
 _GGUF_ROLES = {
     "shared_head_norm.weight": "shared_head.norm.weight",
@@ -74,6 +76,7 @@ class Declaration:
         own: nextn's settings of MTP (`nextn.mtp`), where the checkpoint has them.
         is_part: whether these are the settings of one file of several (a split GGUF).
         table: config.json, parsed; empty without one.
+        has_own_modules: MTP modules lie in nextn's own layout, beside the trunk.
     """
 
     model_type: str | None = None
@@ -86,6 +89,7 @@ class Declaration:
     own: Mapping[str, Any] | None = None
     is_part: bool = False
     table: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    has_own_modules: bool = False
 
     @property
     def is_released_layout(self) -> bool:
@@ -180,8 +184,21 @@ def declared_in_folder(folder: Path) -> Declaration:
         key = family.count_key
     else:
         key = next((key for key in count_keys() if key in settings), _DEEPSEEK.count_key)
-    own = table.get("nextn")
-    mtp = own.get("mtp") if isinstance(own, dict) else None
+    opened = ModelFolder(folder, table)
+    mtp = opened.own.get("mtp")
+    if opened.has_own_modules and (own := opened.own_settings()) is not None:
+        return Declaration(
+            model_type,
+            family,
+            min(own.num_depths, 1) if own.share_weights else own.num_depths,
+            f"nextn.mtp in {CONFIG_FILE}",
+            _whole(settings, "num_hidden_layers", folder),
+            _whole(settings, "hidden_size", folder),
+            _whole(settings, "max_position_embeddings", folder),
+            own=to_table(own),
+            table=table,
+            has_own_modules=True,
+        )
     return Declaration(
         model_type=model_type,
         family=family,
@@ -226,7 +243,10 @@ def sort_tensors(source: TensorSource, declaration: Declaration) -> Stored:
     sides: dict[str, dict[int, dict[str, str]]] = {"trunk": {}, "mtp": {}}
     unplaced = []
     for name in source.names:
-        place = _place(name, family, first) if declaration.is_released_layout else _place_of_other_scheme(name)
+        if declaration.has_own_modules and declaration.is_released_layout:
+            place = _place_in_own_layout(name)
+        else:
+            place = _place(name, family, first) if declaration.is_released_layout else _place_of_other_scheme(name)
         if place is not None:
             side, index, role = place
             sides[side].setdefault(index, {})[role] = name
@@ -267,6 +287,16 @@ def _renamed(role: str, family: Family) -> str:
         if inside.startswith("block.") and stored.startswith(block) and role.startswith(old):
             return inside + role.removeprefix(old)
     return role
+
+
+def _place_in_own_layout(name: str) -> Place | None:
+    """nextn's own layout of a chain's modules, beside any trunk; their blocks may count transformers' layers.
+
+    >>> _place_in_own_layout("mtp.layers.0.block.layers.0.self_attn.q_proj.weight")
+    ('mtp', 0, 'block.self_attn.q_proj.weight')
+    """
+    match = _OWN_MODULE.fullmatch(name)
+    return ("mtp", int(match[1]), f"{match[2] or ''}{match[3]}") if match else _place_in_trunk(name)
 
 
 def _place_of_other_scheme(name: str) -> Place | None:
