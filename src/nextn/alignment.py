@@ -43,11 +43,13 @@ class DepthAlignment:
     """What one depth reads and predicts.
 
     Attributes:
+        depth: k.
         embedded_ids: t[i+k], int64 [B, T-k].
         labels: t[i+k+1] where valid, else `IGNORED`, int64 [B, T-k].
         num_positions: T-k, how many positions the depth has.
     """
 
+    depth: int
     embedded_ids: Tensor
     labels: Tensor
 
@@ -67,8 +69,7 @@ class DepthAlignment:
         A position whose embedded token t[i+k] lies in another document (or in padding) than t[i] is padding at this
         depth: it has no label, and it must not count as expert load. In the worked example: [0 0 0 -1 1].
         """
-        depth = document_ids.shape[1] - self.num_positions
-        own, embedded = document_ids[:, : self.num_positions], document_ids[:, depth:]
+        own, embedded = document_ids[:, : self.num_positions], document_ids[:, self.depth :]
         return own.masked_fill(own != embedded, PADDING_DOCUMENT)
 
     def at_labels(self, values: Tensor) -> Tensor:
@@ -77,10 +78,13 @@ class DepthAlignment:
         >>> align(torch.tensor([[10, 11, 12, 13]]), depth=1).at_labels(torch.tensor([[0.1, 0.2, 0.3, 0.4]])).tolist()
         [[0.30000001192092896, 0.4000000059604645, 0.0]]
         """
-        depth = values.shape[1] - self.num_positions
         shifted = values.new_zeros(self.labels.shape)
-        shifted[:, : num_final_positions(values.shape[1], depth + 1)] = values[:, depth + 1 :]
+        shifted[:, : num_final_positions(values.shape[1], self.depth + 1)] = values[:, self.depth + 1 :]
         return shifted.masked_fill(~self.valid, 0)
+
+    def rows(self, rows: slice) -> DepthAlignment:
+        """The same of some rows of the batch: views."""
+        return DepthAlignment(self.depth, self.embedded_ids[rows], self.labels[rows])
 
     def cut(self, hidden: Tensor) -> Tensor:
         """The previous depth's states at this depth's positions.
@@ -134,7 +138,25 @@ def align(
         first, last = document_ids[:, :num_labelled], document_ids[:, depth + 1 :]
         together = (first == last) & (first != PADDING_DOCUMENT)
         shifted[:, :num_labelled] = shifted[:, :num_labelled].masked_fill(~together, IGNORED)
-    return DepthAlignment(embedded_ids=input_ids[:, depth:], labels=shifted)
+    return DepthAlignment(depth, embedded_ids=input_ids[:, depth:], labels=shifted)
+
+
+def align_depths(
+    input_ids: Tensor, num_depths: int, labels: Tensor | None = None, document_ids: Tensor | None = None
+) -> tuple[DepthAlignment, ...]:
+    """Inputs and labels of depths 0..K, once for a batch: whoever needs them is handed these.
+
+    Arguments and errors as of `align`; `num_depths` is K.
+
+        tokens            A  B  C  D
+        depth 0 embeds    A  B  C  D     labels   B  C  D  -
+        depth 1 embeds    B  C  D        labels   C  D  -
+        depth 2 embeds    C  D           labels   D  -
+
+    >>> [aligned.labels.tolist() for aligned in align_depths(torch.tensor([[10, 11, 12, 13]]), num_depths=2)]
+    [[[11, 12, 13, -100]], [[12, 13, -100]], [[13, -100]]]
+    """
+    return tuple(align(input_ids, depth, labels, document_ids) for depth in range(num_depths + 1))
 
 
 def of_same_token(trunk_predictions: Tensor, depth: int) -> Tensor:
@@ -161,8 +183,7 @@ def count_labels(
     >>> count_labels(torch.tensor([[1, 2, 3, 4]]), num_depths=2).tolist()
     [3, 2, 1]
     """
-    counts = [align(input_ids, k, labels, document_ids).valid.sum() for k in range(num_depths + 1)]
-    return torch.stack(counts)
+    return torch.stack([one.valid.sum() for one in align_depths(input_ids, num_depths, labels, document_ids)])
 
 
 def num_final_positions(num_tokens: Count, depth: int) -> Count:

@@ -7,6 +7,7 @@ import torch
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
+from nextn.alignment import align_depths
 from nextn.config import ModelConfig
 from nextn.mtp import MTPModel
 
@@ -46,7 +47,7 @@ def test_states_and_logits_of_every_depth_equal_those_of_transformers(shape: Mod
         pytest.skip("transformers' MTP block is always a mixture of experts; ours follows the trunk's last layer")
     ours, mtp, ids, states = build(shape)
     hidden = ours.trunk.hidden_states(ids)
-    head_inputs = ours.scheme(ours.trunk, hidden, ours.trunk.final_norm(hidden), ids, None, (1, 2))
+    head_inputs = ours.scheme(ours.trunk, hidden, ours.trunk.final_norm(hidden), align_depths(ids, 2)[1:])
     logits = ours(ids).logits_per_depth
     for depth, theirs in enumerate(theirs_by_depth(mtp, ids, states), start=1):
         assert relative_error(head_inputs[depth - 1], theirs) < TOLERANCE
@@ -60,7 +61,7 @@ def test_states_and_logits_of_every_depth_equal_those_of_transformers(shape: Mod
 def test_every_other_convention_gives_other_states(convention: dict[str, str]):
     ours, mtp, ids, states = build(SMALL, **convention)
     hidden = ours.trunk.hidden_states(ids)
-    head_inputs = ours.scheme(ours.trunk, hidden, ours.trunk.final_norm(hidden), ids, None, (1, 2))
+    head_inputs = ours.scheme(ours.trunk, hidden, ours.trunk.final_norm(hidden), align_depths(ids, 2)[1:])
     theirs = theirs_by_depth(mtp, ids, states)
     assert max(relative_error(a, b) for a, b in zip(head_inputs, theirs, strict=True)) > 100 * TOLERANCE
 
@@ -70,6 +71,6 @@ def test_hidden_first_is_what_transformers_calls_mtp_hidden_states_first():
     ours, mtp, ids, states = build(SMALL, concat="hidden_first")
     mtp.config.mtp_hidden_states_first = True
     hidden = ours.trunk.hidden_states(ids)
-    head_inputs = ours.scheme(ours.trunk, hidden, ours.trunk.final_norm(hidden), ids, None, (1, 2))
+    head_inputs = ours.scheme(ours.trunk, hidden, ours.trunk.final_norm(hidden), align_depths(ids, 2)[1:])
     for mine, theirs in zip(head_inputs, theirs_by_depth(mtp, ids, states), strict=True):
         assert relative_error(mine, theirs) < TOLERANCE

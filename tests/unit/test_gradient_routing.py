@@ -175,13 +175,13 @@ def test_depth_two_does_not_train_module_one_when_nothing_flows_between_depths(v
 
 
 def patched_head_inputs(mistake: str):
-    """`MTPModel.head_inputs` with one mistake."""
-    right = MTPModel.head_inputs
+    """`MTPModel.aligned_head_inputs` with one mistake."""
+    right = MTPModel.aligned_head_inputs
 
-    def wrong(self, input_ids, document_ids, num_depths, detach, new_context) -> list[HeadInput]:
+    def wrong(self, aligned, document_ids, detach, *rest) -> list[HeadInput]:
         if mistake == "ignores the switch":
-            return right(self, input_ids, document_ids, num_depths, DetachConfig(), new_context)
-        inputs = right(self, input_ids, document_ids, num_depths, detach, new_context)
+            return right(self, aligned, document_ids, DetachConfig(), *rest)
+        inputs = right(self, aligned, document_ids, detach, *rest)
         if detach != DetachConfig():
             cut = inputs[:1] if mistake == "cuts the main loss too" else inputs[1:]
             cut = [HeadInput(depth.hidden.detach(), depth.weight, depth.bias) for depth in cut]
@@ -196,23 +196,23 @@ def patched_head_inputs(mistake: str):
 def test_a_switch_that_is_ignored_or_cuts_too_much_is_caught(
     monkeypatch: pytest.MonkeyPatch, variant: str, switch: str
 ):
-    monkeypatch.setattr(MTPModel, "head_inputs", patched_head_inputs("ignores the switch"))
+    monkeypatch.setattr(MTPModel, "aligned_head_inputs", patched_head_inputs("ignores the switch"))
     with pytest.raises(AssertionError, match="still has a gradient"):
         check_switch(model_of(variant), switch)
     monkeypatch.undo()
-    monkeypatch.setattr(MTPModel, "head_inputs", patched_head_inputs("cuts the modules too"))
+    monkeypatch.setattr(MTPModel, "aligned_head_inputs", patched_head_inputs("cuts the modules too"))
     with pytest.raises(AssertionError, match="has lost its gradient"):
         check_switch(model_of(variant), switch)
 
 
 def test_ignoring_the_other_switches_or_cutting_the_main_loss_is_caught(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(MTPModel, "head_inputs", patched_head_inputs("ignores the switch"))
+    monkeypatch.setattr(MTPModel, "aligned_head_inputs", patched_head_inputs("ignores the switch"))
     with pytest.raises(AssertionError, match="still has a gradient"):
         check_between_depths(model_of("sequential"))
     with pytest.raises(AssertionError):
         check_two_ways(model_of("sequential"), EMBEDDING, "trunk", "embedding")
     monkeypatch.undo()
-    monkeypatch.setattr(MTPModel, "head_inputs", patched_head_inputs("cuts the main loss too"))
+    monkeypatch.setattr(MTPModel, "aligned_head_inputs", patched_head_inputs("cuts the main loss too"))
     with pytest.raises(AssertionError):
         test_the_gradients_of_the_main_loss_never_change_by_a_bit("sequential", "trunk")
 

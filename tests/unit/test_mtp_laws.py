@@ -87,7 +87,8 @@ def test_a_wrong_shift_or_mask_is_caught(model: MTPModel, monkeypatch: pytest.Mo
     def shifted(by: int):
         def wrong(input_ids, depth, *rest):
             right = align(input_ids, depth, *rest)
-            return replace(right, embedded_ids=right.embedded_ids.roll(by, dims=1))
+            rolled = replace(right, embedded_ids=right.embedded_ids.roll(by, dims=1))
+            return rolled if depth else right
 
         return wrong
 
@@ -99,7 +100,7 @@ def test_a_wrong_shift_or_mask_is_caught(model: MTPModel, monkeypatch: pytest.Mo
     if mistake == "attends to the future":
         monkeypatch.setattr("nextn.model.attention.attention", unmasked)
     else:
-        monkeypatch.setattr("nextn.mtp.scheme.align", shifted(-1 if mistake == "embeds one token further" else 1))
+        monkeypatch.setattr("nextn.alignment.align", shifted(-1 if mistake == "embeds one token further" else 1))
     with pytest.raises(AssertionError, match=r"leaked|does not"):
         check_dependence(model)
 

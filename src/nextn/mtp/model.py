@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from nextn.alignment import PADDING_DOCUMENT, DepthAlignment, align
+from nextn.alignment import PADDING_DOCUMENT, DepthAlignment, align_depths
 from nextn.config import DetachConfig, ModelConfig, MTPConfig, ObjectiveConfig
 from nextn.errors import ConfigError
 from nextn.model import LayerContext, Transformer, Trunk
@@ -23,15 +23,27 @@ from nextn.objective import (
     BatchTotals,
     HeadInput,
     StepObjective,
-    batch_totals,
     chunked_losses,
     depth_weights,
+    label_counts,
     summed_cross_entropy,
     total_loss,
 )
 
 if TYPE_CHECKING:
     from nextn.data import Tokenizer
+
+
+class TrunkStates(NamedTuple):
+    """What the trunk computed at every position of some rows, [B, T, C] each, whoever ran it.
+
+    Attributes:
+        hidden: before its final norm.
+        normed: after it.
+    """
+
+    hidden: Tensor
+    normed: Tensor
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,8 @@ class MTPModel(nn.Module):
         label_weights: Tensor | None = None,
         objective: StepObjective | None = None,
         totals: BatchTotals | None = None,
+        alignment: Sequence[DepthAlignment] | None = None,
+        states: TrunkStates | None = None,
     ) -> MTPOutput:
         """Losses of depths 0..K, and their logits unless the objective works in chunks.
 
@@ -142,16 +156,19 @@ class MTPModel(nn.Module):
             objective: weights of the depths and more; None: lambda = 0.3 averaged over depths, logits kept.
             totals: what losses are divided by; None: taken from this batch. Pass those of the whole global batch when
                 this is one of its micro-batches.
+            alignment: depths 0..K of these tokens, labels and documents, where somebody has it already; None: computed.
+            states: of the trunk on these tokens, where somebody else's forward computed them; None: the trunk runs.
         """
         if objective is None:
             objective = StepObjective(depth_weights(ObjectiveConfig(), self.num_depths))
         weights = objective.depth_weights
         if len(weights) != self.num_depths:
             raise ValueError(f"depth_weights has {len(weights)} values, the model has {self.num_depths} depths")
+        if alignment is None:
+            alignment = align_depths(input_ids, self.num_depths, labels, document_ids)
         if totals is None:
-            totals = batch_totals(
-                objective.denominator, self.num_depths, input_ids, labels, document_ids, label_weights
-            )
+            counts = label_counts(alignment, label_weights)
+            totals = BatchTotals.of_counts(objective.denominator, counts, input_ids.shape[0])
         depths = list(range(1, self.num_depths + 1))
         trained = [0] if self.training else []
         if self.training and self.scheme is not None:
@@ -161,15 +178,15 @@ class MTPModel(nn.Module):
 
         usages: list[ExpertUsage] = []
 
-        def new_context(num_positions: int, documents: Tensor | None) -> LayerContext:
+        def new_context(depth: int, num_positions: int, documents: Tensor | None) -> LayerContext:
             usage = None
-            if input_ids.shape[1] - num_positions in trained:  # depth k has T - k positions
+            if depth in trained:
                 mask = None if documents is None else documents != PADDING_DOCUMENT
                 usages.append(usage := ExpertUsage(mask, objective.balance_alpha > 0))
             return self.trunk.context(num_positions, documents, usage)
 
-        inputs = self.head_inputs(input_ids, document_ids, depths, objective.detach, new_context)
-        aligned = [align(input_ids, depth, labels, document_ids) for depth in (0, *depths)]
+        aligned = [alignment[depth] for depth in (0, *depths)]
+        inputs = self.aligned_head_inputs(aligned, document_ids, objective.detach, new_context, states)
         denominators = totals.denominators[[0, *depths]]
         loss, losses, logits = _losses(
             inputs, aligned, label_weights, denominators, (1.0, *(weights[depth - 1] for depth in depths)), objective
@@ -183,25 +200,40 @@ class MTPModel(nn.Module):
         return MTPOutput(loss, loss_per_depth, logits, balance.detach(), self._loads(usages))
 
     def head_inputs(
-        self,
-        input_ids: Tensor,
-        document_ids: Tensor | None = None,
-        depths: Sequence[int] | None = None,
-        detach: DetachConfig = NO_DETACH,
-        new_context: ContextFactory | None = None,
+        self, input_ids: Tensor, document_ids: Tensor | None = None, depths: Sequence[int] | None = None
     ) -> list[HeadInput]:
         """What the output heads of depth 0 and of `depths` (None: 1..K) read, and the heads; others as of `forward`."""
+        alignment = align_depths(input_ids, self.num_depths, document_ids=document_ids)
         depths = range(1, self.num_depths + 1) if depths is None else depths
-        trunk, new_context = self.trunk, new_context or self.trunk.context
-        hidden = trunk.hidden_states(input_ids, new_context(input_ids.shape[1], document_ids))
-        normed = trunk.final_norm(hidden)
+        return self.aligned_head_inputs([alignment[depth] for depth in (0, *depths)], document_ids)
+
+    def aligned_head_inputs(
+        self,
+        aligned: Sequence[DepthAlignment],
+        document_ids: Tensor | None = None,
+        detach: DetachConfig = NO_DETACH,
+        new_context: ContextFactory | None = None,
+        states: TrunkStates | None = None,
+    ) -> list[HeadInput]:
+        """The same for depths that are aligned, depth 0 first; arguments as of `forward` and `Scheme.forward`."""
+        trunk = self.trunk
+        if states is None:
+            main = aligned[0]
+            context = (
+                trunk.context(main.num_positions, document_ids)
+                if new_context is None
+                else new_context(0, main.num_positions, document_ids)
+            )
+            hidden = trunk.hidden_states(main.embedded_ids, context)
+            states = TrunkStates(hidden, trunk.final_norm(hidden))
+        hidden, normed = states
         inputs = [HeadInput(normed, trunk.output_head.weight, trunk.output_head.bias)]
-        if self.scheme is None or not depths:
+        if self.scheme is None or len(aligned) == 1:
             return inputs
-        states = self.scheme(trunk, hidden, normed, input_ids, document_ids, depths, detach, new_context)
+        heads_read = self.scheme(trunk, hidden, normed, aligned[1:], document_ids, detach, new_context)
         constant = [parameter.detach() for parameter in trunk.output_head.parameters()] if detach.head else None
-        for depth, state in zip(depths, states, strict=True):
-            head = self.scheme.head(trunk, depth)
+        for one, state in zip(aligned[1:], heads_read, strict=True):
+            head = self.scheme.head(trunk, one.depth)
             if constant and head is trunk.output_head:
                 inputs.append(HeadInput(state, *constant))
             else:

@@ -9,13 +9,13 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from nextn.alignment import align, num_final_positions
+from nextn.alignment import DepthAlignment, num_final_positions
 from nextn.config import DetachConfig, ModelConfig, MTPConfig
 from nextn.model import Cache, LayerContext, Trunk
 from nextn.mtp.routing import NO_DETACH, routed
 
-ContextFactory = Callable[[int, Tensor | None], LayerContext]
-"""From a number of positions and their documents (int64 [B, M] or None) to what the layers of one depth share."""
+ContextFactory = Callable[[int, int, Tensor | None], LayerContext]
+"""From a depth, its number of positions and their documents (int64 [B, M] or None) to what its layers share."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,8 @@ class Scheme(nn.Module, abc.ABC):
         trunk: Trunk,
         hidden: Tensor,
         normed: Tensor,
-        input_ids: Tensor,
-        document_ids: Tensor | None,
-        depths: Sequence[int],
+        aligned: Sequence[DepthAlignment],
+        document_ids: Tensor | None = None,
         detach: DetachConfig = NO_DETACH,
         new_context: ContextFactory | None = None,
     ) -> list[Tensor]:
@@ -145,26 +144,24 @@ class Scheme(nn.Module, abc.ABC):
             trunk: the model whose embedding, norm and head are shared.
             hidden: the trunk's states before its final norm, [B, T, C].
             normed: the same after it.
-            input_ids: int64 [B, T].
-            document_ids: int64 [B, T] or None.
-            depths: which to compute, in growing order; from `required_depths`, or 1..K.
+            aligned: the depths to compute, in growing order (those of `required_depths`, or 1..K).
+            document_ids: of the tokens, int64 [B, T] or None.
             detach: where gradients stop.
-            new_context: called once per depth; None: the trunk's `context`.
+            new_context: called once per depth; None: the trunk's `context`, whatever the depth.
 
         Returns:
-            For each of these depths k, [B, T-k, C] (see `nextn.alignment`).
+            For each of these depths k, [B, T-k, C].
         """
         head_inputs = []
-        new_context = new_context or trunk.context
+        new_context = new_context or (lambda _, *positions: trunk.context(*positions))
         carry = self.trunk_state(hidden, normed)
         if detach.trunk:
             carry = carry.detach()
         trunk = routed(trunk, detach)
-        for depth in depths:
-            aligned = align(input_ids, depth)
-            documents = None if document_ids is None else aligned.documents(document_ids)
-            context = new_context(aligned.num_positions, documents)
-            state = self.step(trunk, depth, aligned.cut(carry), aligned.embedded_ids, context)
+        for one in aligned:
+            documents = None if document_ids is None else one.documents(document_ids)
+            context = new_context(one.depth, one.num_positions, documents)
+            state = self.step(trunk, one.depth, one.cut(carry), one.embedded_ids, context)
             head_inputs.append(state.head_input)
             carry = state.carry.detach() if detach.between_depths and self.is_chain else state.carry
         return head_inputs

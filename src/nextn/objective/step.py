@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nextn.alignment import align
+from nextn.alignment import DepthAlignment, align_depths
 from nextn.config import DetachConfig, ObjectiveConfig
 from nextn.objective.schedules import START, Progress
 from nextn.objective.weighting import denominators, depth_weights
@@ -56,6 +57,34 @@ class BatchTotals:
     denominators: Tensor
     num_rows: int
 
+    @staticmethod
+    def of_counts(denominator: Literal["depth", "sequence"], counts: Tensor, num_rows: int) -> BatchTotals:
+        """From the labels (or their weights) of the whole batch, `label_counts` summed over its parts, and its rows."""
+        return BatchTotals(denominators(denominator, counts), num_rows)
+
+
+def label_counts(aligned: Sequence[DepthAlignment], label_weights: Tensor | None = None) -> Tensor:
+    """How many labels each depth has in part of a batch, float64 [K+1]; sums over parts are the counts of the whole.
+
+    Every label counts as its weight in depths 1..K, and as 1 in depth 0, whose loss is never weighted. Add these up
+    over micro-batches and processes first, and divide by them last: a mean of quotients is another number.
+
+    Args:
+        aligned: depths 0..K of some rows, from `align_depths`.
+        label_weights: importance of each token as a label, float [B, T]; None: 1 each.
+
+    >>> first, second = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[5, 6, 7, -1]])
+    >>> parts = [label_counts(align_depths(part, num_depths=1)) for part in (first, second)]
+    >>> sum(parts).tolist() == label_counts(align_depths(torch.cat((first, second)), num_depths=1)).tolist()
+    True
+    """
+    return torch.stack(
+        [
+            (one.valid if label_weights is None or one.depth == 0 else one.at_labels(label_weights)).double().sum()
+            for one in aligned
+        ]
+    )
+
 
 def batch_totals(
     denominator: Literal["depth", "sequence"],
@@ -65,9 +94,7 @@ def batch_totals(
     document_ids: Tensor | None = None,
     label_weights: Tensor | None = None,
 ) -> BatchTotals:
-    """Totals of a whole batch; arguments as of `MTPModel.forward`.
-
-    Every label counts as its weight in depths 1..K, and as 1 in depth 0, whose loss is never weighted.
+    """Totals of a whole batch that is at hand; arguments as of `MTPModel.forward`, counting as of `label_counts`.
 
     >>> batch_totals("depth", 1, torch.tensor([[1, 2, 3, 4]])).denominators.tolist()
     [3.0, 2.0]
@@ -75,9 +102,5 @@ def batch_totals(
     >>> batch_totals("depth", 1, torch.tensor([[1, 2, 3, 4]]), label_weights=weights).denominators.tolist()
     [3.0, 2.5]
     """
-    sums = []
-    for depth in range(num_depths + 1):
-        aligned = align(input_ids, depth, labels, document_ids)
-        weighted = depth > 0 and label_weights is not None
-        sums.append((aligned.at_labels(label_weights) if weighted else aligned.valid).sum())  # type: ignore[arg-type]
-    return BatchTotals(denominators(denominator, torch.stack([total.float() for total in sums])), input_ids.shape[0])
+    counts = label_counts(align_depths(input_ids, num_depths, labels, document_ids), label_weights)
+    return BatchTotals.of_counts(denominator, counts, input_ids.shape[0])

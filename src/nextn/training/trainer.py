@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from nextn.alignment import align_depths
 from nextn.config import Recipe
 from nextn.data import PackedTokens, RowSampler, token_importance, validation_rows
 from nextn.distributed import OneProcess, World
@@ -22,7 +23,7 @@ from nextn.model.balancing import update_routing_biases
 from nextn.model.device import require_compiler, resolve_device
 from nextn.mtp import MTPModel
 from nextn.mtp.fresh import check_recipe
-from nextn.objective import Progress, StepObjective, batch_totals
+from nextn.objective import BatchTotals, Progress, StepObjective, label_counts
 from nextn.tables import to_table
 from nextn.training.checkpoint import (
     RunState,
@@ -60,7 +61,7 @@ class TrainingResult:
     evaluation: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepReport:
     """What one optimizer step did. Figures stay on the device until somebody reads them; lists are as in metrics.jsonl.
 
@@ -77,6 +78,11 @@ class StepReport:
     depth_weights: list[float]
     learning_rate: float
     expert_loads: dict[str, Tensor]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StepReport) and self.to_table() == other.to_table()
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def loss(self) -> float:
@@ -281,9 +287,9 @@ class Trainer:
         progress = Progress(clock.step, clock.num_tokens, recipe.training.num_steps)
         objective = StepObjective.of(recipe.objective, num_depths, progress)
         # Totals of the whole batch: each micro-batch adds its share of one sum, so its size does not matter.
-        totals = batch_totals(
-            objective.denominator, num_depths, input_ids, document_ids=document_ids, label_weights=label_weights
-        )
+        alignment = align_depths(input_ids, num_depths, document_ids=document_ids)
+        counts = self.world.sum(label_counts(alignment, label_weights))
+        totals = BatchTotals.of_counts(objective.denominator, counts, len(batch.input_ids))
         num_rows = recipe.training.micro_batch_size or recipe.training.batch_size
         optimizer.zero_grad()
         loss, balance_loss = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
@@ -298,6 +304,7 @@ class Trainer:
                     label_weights=None if label_weights is None else label_weights[rows],
                     objective=objective,
                     totals=totals,
+                    alignment=[one.rows(rows) for one in alignment],
                 )
             output.loss.backward()
             loss += output.loss.detach()
