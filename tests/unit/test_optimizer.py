@@ -12,7 +12,7 @@ from nextn.config import OptimizerConfig
 from nextn.errors import CheckpointError
 from nextn.mtp import MTPModel
 from nextn.training.muon import BatchedMuon, orthogonalize
-from nextn.training.optimizer import TrainingOptimizer, role_of
+from nextn.training.optimizer import TrainingOptimizer, parameter_roles
 from tests.e2e.tiny_run import RECIPE, recipe_with
 
 
@@ -96,7 +96,7 @@ def tiny_model(**mtp_or_model: dict) -> MTPModel:
 
 
 def test_every_parameter_has_the_role_its_place_in_the_model_says():
-    roles = {name: role_of(name, parameter) for name, parameter in tiny_model().named_parameters()}
+    roles = parameter_roles(tiny_model())
     by_role = {role: sorted({name for name in roles if roles[name] == role}) for role in set(roles.values())}
     assert {name.rsplit(".", 2)[-2] for name in by_role["embedding"]} == {"embed_tokens", "lm_head"}
     assert all(name.endswith("mlp.gate.weight") for name in by_role["router"])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nextn.errors import ConfigError
 from nextn.interop.families import family_of
 from nextn.interop.hf_layout import TransformersLayout
+from nextn.interop.layer_cost import layer_flops, num_unchosen
 from nextn.interop.layers import (
     ATTENTION,
     RECURRENT,
@@ -101,6 +102,25 @@ class TransformersTrunk(nn.Module):
     def output_head(self) -> nn.Linear:
         """Logits of normed states, [..., C] -> [..., V]."""
         return self._head
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The model's own decoder layers."""
+        return list(self._decoder.layers)
+
+    def block_flops(self, block: nn.Module, sequence_length: int) -> float:
+        """Forward FLOPs per token of a layer or of a block of them; see `nextn.interop.layer_cost`."""
+        return sum(layer_flops(layer, kind, self.config, sequence_length) for layer, kind in self._parts(block))
+
+    def num_unchosen_parameters(self, block: nn.Module) -> int:
+        """Weights of routed experts that a token does not choose."""
+        return sum(num_unchosen(layer, self.config) for layer, _ in self._parts(block))
+
+    def _parts(self, block: nn.Module) -> list[tuple[nn.Module, str]]:
+        """The layers of a block, or a layer of the model's own, each with what it remembers."""
+        if isinstance(block, TransformersBlock):
+            return list(zip(block.layers, block.kinds, strict=True))
+        return [(layer, kind) for layer, kind in zip(self.layers, self._kinds, strict=True) if layer is block]
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """int64 [B, M] -> [B, M, C]."""
@@ -284,8 +304,8 @@ def _check_parts(model: nn.Module) -> str:
         what
         for what, found in (
             ("`layers`", isinstance(getattr(decoder, "layers", None), nn.ModuleList)),
-            ("a final norm", norm is not None),
-            ("a linear output head", isinstance(head, nn.Linear)),
+            ("final norm", norm is not None),
+            ("linear output head", isinstance(head, nn.Linear)),
         )
         if not found
     ]

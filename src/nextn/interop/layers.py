@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nextn.errors import ConfigError
 from nextn.model import LayerCache
@@ -89,7 +90,18 @@ def run_layer(
     context: TransformersContext,
     memory: KeyValueSlots | None,
 ) -> Tensor:
-    """One of the model's decoder layers, [B, M, C] -> [B, M, C]."""
+    """One of the model's decoder layers, [B, M, C] -> [B, M, C].
+
+    A layer marked with `recompute` keeps only its input for the backward pass, and is computed again there.
+    """
+    if getattr(layer, "recompute", False) and memory is None and torch.is_grad_enabled():
+        return checkpoint(_run, layer, kind, hidden, context, None, use_reentrant=False)
+    return _run(layer, kind, hidden, context, memory)
+
+
+def _run(
+    layer: nn.Module, kind: str, hidden: Tensor, context: TransformersContext, memory: KeyValueSlots | None
+) -> Tensor:
     rotary = {"position_embeddings": context.rotary[kind]} if kind in context.rotary else {}
     out = layer(
         hidden,

@@ -4,12 +4,18 @@ A multiply-add counts as two. Counted is what the mathematics asks of matrix pro
 the chosen ones), attention scores and their values, of the pairs that a causal mask admits (half of the T x T square;
 a row counts as one document). Not counted are norms, softmax and other elementwise work, the balance loss, and what an
 implementation adds: rows of experts rounded up, layers or attention scores computed again for the backward pass. What
-the backward pass takes is in `nextn.mtp.cost.step_flops`.
+the backward pass takes is in `nextn.mtp.cost.step_flops`. Layers of transformers' models are counted in
+`nextn.interop.layer_cost`.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from nextn.config import ModelConfig
+
+if TYPE_CHECKING:
+    from nextn.model.trunk import Trunk
 
 
 def block_flops(config: ModelConfig, is_moe: bool, sequence_length: int) -> float:
@@ -26,16 +32,26 @@ def block_flops(config: ModelConfig, is_moe: bool, sequence_length: int) -> floa
         weights += 3 * width * config.moe_intermediate_size * num_experts + width * config.n_routed_experts
     else:
         weights += 3 * width * config.intermediate_size
-    attention = heads * (config.qk_head_dim + config.v_head_dim) * (sequence_length + 1) / 2
+    attention = heads * (config.qk_head_dim + config.v_head_dim) * mean_num_keys(sequence_length)
     return 2.0 * (weights + attention)
 
 
-def head_flops(config: ModelConfig) -> float:
+def head_flops(trunk: Trunk) -> float:
     """Forward FLOPs of the output head per token."""
-    return 2.0 * config.hidden_size * config.vocab_size
+    return 2.0 * trunk.hidden_size * trunk.vocab_size
 
 
-def trunk_flops(config: ModelConfig, sequence_length: int) -> float:
+def trunk_flops(trunk: Trunk, sequence_length: int) -> float:
     """Forward FLOPs of all layers and the output head per token."""
-    layers = range(config.num_hidden_layers)
-    return sum(block_flops(config, config.is_moe_layer(i), sequence_length) for i in layers) + head_flops(config)
+    return sum(trunk.block_flops(layer, sequence_length) for layer in trunk.layers) + head_flops(trunk)
+
+
+def mean_num_keys(sequence_length: int, window: int | None = None) -> float:
+    """Keys that a causal query sees on average over a row: (T + 1) / 2, less where a window of tokens cuts it off.
+
+    >>> mean_num_keys(4), mean_num_keys(4, window=2)
+    (2.5, 1.75)
+    """
+    if window is None or window >= sequence_length:
+        return (sequence_length + 1) / 2
+    return window - window * (window - 1) / 2 / sequence_length

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextn.config import ModelConfig
+from nextn.model import flops
 from nextn.model.attention import LatentAttention
 from nextn.model.balancing import ExpertUsage
 from nextn.model.blocks import DecoderLayer
 from nextn.model.cache import Cache
 from nextn.model.context import LayerContext, cached_rows, whole_rows
-from nextn.model.moe import MLP, Experts, Router
+from nextn.model.moe import MLP, Experts, MixtureOfExperts, Router
 from nextn.model.norm import RMSNorm
 from nextn.model.rope import RotaryTable
 
@@ -50,6 +51,21 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.lm_head.weight.device
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        """Dense ones first, then those with experts."""
+        return list(self.model.layers)  # type: ignore[arg-type]
+
+    def block_flops(self, block: nn.Module, sequence_length: int) -> float:
+        """Forward FLOPs per token of a layer; see `nextn.model.flops`."""
+        assert isinstance(block, DecoderLayer), "blocks are layers of this trunk"
+        return flops.block_flops(self.config, isinstance(block.mlp, MixtureOfExperts), sequence_length)
+
+    def num_unchosen_parameters(self, block: nn.Module) -> int:
+        """Weights of routed experts that a token does not choose."""
+        routed = sum(p.numel() for m in block.modules() if isinstance(m, Experts) for p in m.parameters())
+        return routed - routed * self.config.num_experts_per_tok // max(self.config.n_routed_experts, 1)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """int64 [B, M] -> [B, M, C]."""

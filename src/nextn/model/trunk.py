@@ -7,7 +7,7 @@ this package knows which one it has. A context is an object of the trunk's own k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,22 @@ class Trunk(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """Its own transformer layers, in order; what `new_block` gives is made of layers of these classes."""
+        ...
+
+    def block_flops(self, block: nn.Module, sequence_length: int) -> float:
+        """Forward FLOPs per token of one of `layers` or of a `new_block`, in rows of `sequence_length` tokens.
+
+        `nextn.model.flops` says what is counted.
+        """
+        ...
+
+    def num_unchosen_parameters(self, block: nn.Module) -> int:
+        """Weights of routed experts that a token does not choose, in a block; 0 without experts."""
         ...
 
     def modules(self) -> Iterator[nn.Module]:

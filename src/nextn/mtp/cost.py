@@ -7,14 +7,15 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+from torch import nn
 
 from nextn.alignment import num_final_positions
 from nextn.config import DetachConfig, ModelConfig, MTPConfig, ObjectiveConfig, Recipe
 from nextn.errors import ConfigError
 from nextn.model.flops import head_flops, trunk_flops
-from nextn.model.moe import Experts
 from nextn.mtp.model import MTPModel
 from nextn.mtp.routing import NO_DETACH
 from nextn.objective import Progress, depth_weights
@@ -51,18 +52,16 @@ def model_cost(model: MTPModel, sequence_length: int) -> ModelCost:
     ratios of forward FLOPs are ratios of training FLOPs; otherwise see `step_flops`. `nextn.model.flops` says what is
     counted.
     """
-    config = model.config
+    trunk, scheme = model.trunk, model.scheme
     num_parameters = sum(p.numel() for p in model.parameters())
-    num_mtp = 0 if model.scheme is None else sum(p.numel() for p in model.scheme.parameters())
-    unchosen_share = 1 - config.num_experts_per_tok / config.n_routed_experts if config.n_routed_experts else 0.0
-    routed = [p for m in model.trunk.modules() if isinstance(m, Experts) for p in m.parameters()]
-    num_unchosen = round(unchosen_share * sum(p.numel() for p in routed))
+    num_mtp = 0 if scheme is None else sum(p.numel() for p in scheme.parameters())
+    num_unchosen = sum(trunk.num_unchosen_parameters(layer) for layer in trunk.layers)
     return ModelCost(
         num_parameters=num_parameters,
         num_active_parameters=num_parameters - num_mtp - num_unchosen,
         num_mtp_parameters=num_mtp,
-        trunk_flops_per_token=trunk_flops(config, sequence_length),
-        mtp_flops_per_token=0.0 if model.scheme is None else model.scheme.flops_per_token(config, sequence_length),
+        trunk_flops_per_token=trunk_flops(trunk, sequence_length),
+        mtp_flops_per_token=0.0 if scheme is None else scheme.flops_per_token(trunk, sequence_length),
     )
 
 
@@ -90,7 +89,8 @@ def step_flops(
 
     A product takes as much again for the gradient of each of its operands. Left out is what no gradient reaches: the
     head of a depth that is computed only because others build on it, its module too if they read it detached; the
-    weight of a detached head; the input of heads that read the detached trunk directly.
+    weight of a detached head; the input of heads that read the detached trunk directly; in a trunk that is frozen
+    everything but the forward pass, and with low-rank factors the gradients of its weights.
 
     Args:
         model: from `weightless_model`, or with weights.
@@ -111,17 +111,23 @@ def step_flops(
     active = list(all_depths if active_depths is None else active_depths)
     if not set(active) <= set(all_depths):
         raise ValueError(f"active_depths = {active}, but the model has depths 1..{model.num_depths}")
-    total = 3 * trunk_flops(model.config, sequence_length)
-    scheme, head = model.scheme, head_flops(model.config)
+    trunk, scheme, head = model.trunk, model.scheme, head_flops(model.trunk)
+    weights = dict(cast(nn.Module, trunk).named_parameters())
+    trained = {name for name, parameter in weights.items() if parameter.requires_grad}
+    only_factors = all(".lora_" in name for name in trained)
+    # One product forward; one more for the gradient of its input, and one for that of its weight.
+    total = (1 + bool(trained) + (not only_factors)) * trunk_flops(trunk, sequence_length)
     if scheme is None:
         return total
-    depths, trained = scheme.required_depths(active), scheme.trained_depths(active, detach)
-    modules = {depth: scheme.depth_flops(model.config, depth, sequence_length) - head for depth in depths}
-    reads_constant = detach.trunk and not any(modules.values())
+    head_is_trained = trunk.output_head.weight.requires_grad
+    depths, learning = scheme.required_depths(active), scheme.trained_depths(active, detach)
+    modules = {depth: scheme.depth_flops(trunk, depth, sequence_length) - head for depth in depths}
+    reads_constant = (detach.trunk or not trained) and not any(modules.values())
     for depth in depths:
-        constant_head = detach.head and scheme.head(model.trunk, depth) is model.trunk.output_head
+        is_shared = scheme.head(trunk, depth) is trunk.output_head
+        constant_head = is_shared and (detach.head or not head_is_trained)
         head_gradients = 2 - constant_head - reads_constant if depth in active else 0
-        flops = modules[depth] * (3 if depth in trained else 1) + head * (1 + head_gradients)
+        flops = modules[depth] * (3 if depth in learning else 1) + head * (1 + head_gradients)
         total += flops * num_final_positions(sequence_length, depth) / sequence_length
     return total
 

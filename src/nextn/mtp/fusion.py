@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nextn.config import ModelConfig, MTPConfig
+from nextn.config import MTPConfig
 from nextn.model import LayerCache, LayerContext, Trunk
-from nextn.model.flops import block_flops, head_flops
+from nextn.model.flops import head_flops
 
 
 class FusionModule(nn.Module):
@@ -40,7 +40,7 @@ class FusionModule(nn.Module):
         norm = self.shared_head["norm"] if self.config.head_norm == "own" else trunk.final_norm
         return out, norm(out)
 
-    def flops(self, config: ModelConfig, sequence_length: int) -> float:
+    def flops(self, trunk: Trunk, sequence_length: int) -> float:
         """Forward FLOPs at one position, the trunk's output head included."""
-        is_moe = config.extra_block_is_moe(self.config.dense_blocks)
-        return block_flops(config, is_moe, sequence_length) + 4.0 * config.hidden_size**2 + head_flops(config)
+        block = trunk.block_flops(self.block, sequence_length)
+        return block + 4.0 * trunk.hidden_size**2 + head_flops(trunk)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from nextn.config import ModelConfig, MTPConfig
+from nextn.config import MTPConfig
 from nextn.model import Cache, LayerContext, Trunk
 from nextn.mtp.fusion import FusionModule
 from nextn.mtp.scheme import DepthState, Scheme
@@ -46,9 +46,9 @@ class Independent(Scheme):
         _, normed = self.layers[depth - 1](trunk, hidden, embedded_ids, context, layer_cache)
         return DepthState(carry=hidden, head_input=normed)
 
-    def depth_flops(self, config: ModelConfig, depth: int, sequence_length: int) -> float:
+    def depth_flops(self, trunk: Trunk, depth: int, sequence_length: int) -> float:
         """A block, eh_proj and the head."""
-        return self.layers[depth - 1].flops(config, sequence_length)  # type: ignore[operator]
+        return self.layers[depth - 1].flops(trunk, sequence_length)  # type: ignore[operator]
 
     def num_cache_layers(self, draft_length: int) -> int:
         """One per drafted depth: depth k uses `layers[k - 1]`."""

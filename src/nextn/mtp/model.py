@@ -14,7 +14,6 @@ from nextn.config import DetachConfig, ModelConfig, MTPConfig, ObjectiveConfig
 from nextn.errors import ConfigError
 from nextn.model import LayerContext, Transformer, Trunk
 from nextn.model.balancing import ExpertUsage
-from nextn.model.blocks import DecoderLayer
 from nextn.mtp.origin import Origin
 from nextn.mtp.registry import check_scheme, scheme_class
 from nextn.mtp.routing import NO_DETACH
@@ -258,13 +257,14 @@ class MTPModel(nn.Module):
     def recompute_layers(self) -> None:
         """From now on keep only each layer's input for the backward pass, and compute the layer again there."""
         for layer in self._layers():
-            layer.recompute = True
+            layer.recompute = True  # type: ignore[assignment]
 
-    def _layers(self) -> list[DecoderLayer]:
-        layers = [module for module in self.modules() if isinstance(module, DecoderLayer)]
-        if not layers:
-            raise ConfigError("only layers of nextn's own trunk can be compiled or recomputed")
-        return layers
+    def _layers(self) -> list[nn.Module]:
+        """The trunk's layers, and those of the same classes that MTP blocks are made of."""
+        own = list(self.trunk.layers)
+        classes = tuple({type(layer) for layer in own})
+        modules = [] if self.scheme is None else [m for m in self.scheme.modules() if isinstance(m, classes)]
+        return own + modules
 
 
 def _losses(

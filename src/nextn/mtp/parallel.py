@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from nextn.config import ModelConfig, MTPConfig
+from nextn.config import MTPConfig
 from nextn.model import Cache, LayerContext, Trunk
-from nextn.model.flops import block_flops, head_flops
+from nextn.model.flops import head_flops
 from nextn.mtp.scheme import DepthState, Scheme
 
 
@@ -59,10 +59,9 @@ class Parallel(Scheme):
         norm = trunk.final_norm if head.norm is None else head.norm
         return DepthState(carry=hidden, head_input=norm(out))  # type: ignore[operator]
 
-    def depth_flops(self, config: ModelConfig, depth: int, sequence_length: int) -> float:
+    def depth_flops(self, trunk: Trunk, depth: int, sequence_length: int) -> float:
         """A layer and the head."""
-        is_moe = config.extra_block_is_moe(self.config.dense_blocks)
-        return block_flops(config, is_moe, sequence_length) + head_flops(config)
+        return trunk.block_flops(self.layers[depth - 1].block, sequence_length) + head_flops(trunk)  # type: ignore[arg-type]
 
     def num_cache_layers(self, draft_length: int) -> int:
         """One per drafted depth: depth k uses `layers[k - 1]`."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from nextn.alignment import DepthAlignment, num_final_positions
-from nextn.config import DetachConfig, ModelConfig, MTPConfig
+from nextn.config import DetachConfig, MTPConfig
 from nextn.model import Cache, LayerContext, Trunk
 from nextn.mtp.routing import NO_DETACH, routed
 
@@ -109,17 +109,17 @@ class Scheme(nn.Module, abc.ABC):
         return trunk.output_head
 
     @abc.abstractmethod
-    def depth_flops(self, config: ModelConfig, depth: int, sequence_length: int) -> float:
+    def depth_flops(self, trunk: Trunk, depth: int, sequence_length: int) -> float:
         """Forward FLOPs of depth k at one position, head included, in a row of `sequence_length` tokens."""
 
     @abc.abstractmethod
     def num_cache_layers(self, draft_length: int) -> int:
         """Cached layers that drafting `draft_length` depths needs."""
 
-    def flops_per_token(self, config: ModelConfig, sequence_length: int) -> float:
+    def flops_per_token(self, trunk: Trunk, sequence_length: int) -> float:
         """Forward FLOPs of all K depths per token of a row of T tokens: depth k has T-k positions."""
         totals = (
-            self.depth_flops(config, depth, sequence_length) * num_final_positions(sequence_length, depth)
+            self.depth_flops(trunk, depth, sequence_length) * num_final_positions(sequence_length, depth)
             for depth in range(1, self.num_depths + 1)
         )
         return sum(totals) / sequence_length

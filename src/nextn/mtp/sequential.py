@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from nextn.config import ModelConfig, MTPConfig
+from nextn.config import MTPConfig
 from nextn.model import Cache, LayerContext, Trunk
 from nextn.mtp.fusion import FusionModule
 from nextn.mtp.scheme import DepthState, Scheme
@@ -52,9 +52,9 @@ class Sequential(Scheme):
         out, normed = self.module_at(depth)(trunk, hidden, embedded_ids, context, layer_cache)
         return DepthState(carry=normed if self.config.carry == "post_norm" else out, head_input=normed)
 
-    def depth_flops(self, config: ModelConfig, depth: int, sequence_length: int) -> float:
+    def depth_flops(self, trunk: Trunk, depth: int, sequence_length: int) -> float:
         """A block, eh_proj and the head."""
-        return self.module_at(depth).flops(config, sequence_length)
+        return self.module_at(depth).flops(trunk, sequence_length)
 
     def num_cache_layers(self, draft_length: int) -> int:
         """One per drafted depth, shared weights or not: depth k uses `layers[k - 1]`."""

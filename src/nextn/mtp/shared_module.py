@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from nextn.config import ModelConfig, MTPConfig
+from nextn.config import MTPConfig
 from nextn.model import Cache, LayerContext, Trunk
-from nextn.model.flops import block_flops, head_flops
+from nextn.model.flops import head_flops
 from nextn.mtp.scheme import DepthState, Scheme
 
 
@@ -77,11 +77,10 @@ class SharedModule(Scheme):
         """Depth k's own head."""
         return self.heads[depth - 1]  # type: ignore[return-value]
 
-    def depth_flops(self, config: ModelConfig, depth: int, sequence_length: int) -> float:
+    def depth_flops(self, trunk: Trunk, depth: int, sequence_length: int) -> float:
         """The head, and at depth 1 all layers."""
-        is_moe = config.extra_block_is_moe(self.config.dense_blocks)
-        num_layers = len(self.layers) if depth == 1 else 0
-        return num_layers * block_flops(config, is_moe, sequence_length) + head_flops(config)
+        layers = self.layers if depth == 1 else ()
+        return sum(trunk.block_flops(layer, sequence_length) for layer in layers) + head_flops(trunk)
 
     def num_cache_layers(self, draft_length: int) -> int:
         """The module's own layers, however many depths are drafted."""

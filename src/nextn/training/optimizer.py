@@ -12,7 +12,7 @@ from nextn.config import OptimizerConfig
 from nextn.errors import CheckpointError
 from nextn.training.muon import BatchedMuon
 
-Role = Literal["matrix", "embedding", "router", "vector"]
+Role = Literal["matrix", "embedding", "router", "factor", "kernel", "vector"]
 
 
 def learning_rate_factor(config: OptimizerConfig, step: int, num_steps: int) -> float:
@@ -49,21 +49,43 @@ def learning_rate_factor(config: OptimizerConfig, step: int, num_steps: int) -> 
     return 1.0 if num_done <= start else 1 - (1 - final) * (num_done - start) / (num_steps - start)
 
 
-def role_of(name: str, parameter: Tensor) -> Role:
-    """What a parameter is to the optimizer, from its DeepSeek name and shape.
+def parameter_roles(model: nn.Module) -> dict[str, Role]:
+    """What every parameter is to the optimizer, by name, from the module that holds it.
 
-    `embedding`: the token embedding and the output head; `router`: the experts' scoring matrix; `vector`: norms and
-    biases; `matrix`: every other weight, stacks of expert matrices included.
+    `embedding`: an embedding table, or the trunk's output head; `router`: what scores experts, and a gate of one row;
+    `factor`: low-rank factors beside a frozen matrix; `kernel`: what convolves, or a stack of matrices that lie
+    transposed; `vector`: norms and biases; `matrix`: every other weight, stacks of expert matrices included. Muon is
+    for matrices alone: it makes all directions of a weight equally long, as a map between hidden states may be.
 
-    >>> role_of("model.layers.1.mlp.gate.weight", torch.zeros(8, 16))
-    'router'
+    >>> list(parameter_roles(nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4))).values())
+    ['embedding', 'matrix', 'vector']
     """
+    trunk = getattr(model, "trunk", None)
+    head = None if trunk is None else trunk.output_head.weight
+    roles: dict[str, Role] = {}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for path, module in model.named_modules():
+        is_scored = path.rpartition(".")[2] in _ROUTERS
+        for parameter in module.parameters(recurse=False):
+            role = _role(names[parameter], parameter, module, is_scored)
+            roles[names[parameter]] = "embedding" if parameter is head else roles.get(names[parameter], role)
+    return {name: roles[name] for name in names.values()}
+
+
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+"""What modules that score experts are called, in every family."""
+
+
+def _role(name: str, parameter: Tensor, module: nn.Module, is_scored: bool) -> Role:
     if parameter.ndim < 2:
         return "vector"
-    parts = name.split(".")
-    if "embed_tokens" in parts or "lm_head" in parts:
+    if isinstance(module, nn.Embedding):
         return "embedding"
-    return "router" if parts[-2:] == ["gate", "weight"] else "matrix"
+    if ".lora_" in name:
+        return "factor"
+    if isinstance(module, nn.Conv1d) or getattr(module, "is_transposed", False):
+        return "kernel"
+    return "router" if is_scored or 1 in parameter.shape[-2:] else "matrix"
 
 
 class TrainingOptimizer:
@@ -83,7 +105,8 @@ class TrainingOptimizer:
         self.config = config
         self.num_steps = num_steps
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        roles = {name: role_of(name, p) for name, p in self.parameters.items()}
+        every = parameter_roles(model)
+        roles = {name: every[name] for name in self.parameters}
         by_muon = [name for name, role in roles.items() if config.name == "muon" and role == "matrix"]
         by_adamw = [name for name in roles if name not in set(by_muon)]
         self._optimizer_of: dict[str, torch.optim.Optimizer] = {}
