@@ -40,6 +40,7 @@ from nextn.interop.export import export_model
 from nextn.interop.start import load_start, start
 from nextn.mtp import MTPModel, save_model
 from nextn.training import Trainer, TrainingResult, check_run_folder, read_metrics
+from tests.e2e import tiny_run
 from tests.e2e.test_resume_after_kill import without_times
 from tests.parity.released_families import FAMILIES, Reference
 
@@ -77,6 +78,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / kind)
         ByteTokenizer().save(folder / kind)
         (folder / kind / "chat_template.jinja").write_text("{{ messages }}")
+    own = MTPModel(dataclasses.replace(tiny_run.RECIPE.model, vocab_size=257), MTPConfig(num_depths=0)).initialize(3)
+    own.tokenizer = ByteTokenizer()
+    with atomic_folder(folder / "own") as temporary:
+        save_model(own, temporary)
     (folder / "corpus").mkdir()
     for number in range(12):
         lines = (f"line {line} of file {number}: {'abc' * (line % 7)}" for line in range(40))
@@ -139,6 +144,37 @@ def test_a_trunk_that_is_not_trained_is_written_once(here: Path, tmp_path: Path,
     theirs = AutoModelForCausalLM.from_pretrained(here / "llama").state_dict()
     assert alone.keys() == theirs.keys()
     assert not changed(theirs, alone)
+
+
+@pytest.mark.parametrize("train", ["all", "none", "lora"])
+def test_nextns_own_trunk_is_a_trunk_like_any_other(here: Path, tmp_path: Path, train: str):
+    recipe = recipe_of(here, "own", train)
+    result = trained(recipe, tmp_path / "run")
+    before, after = state_of(here / "own"), state_of(result.checkpoint)
+    moved = changed(before, after)
+    if train == "none":
+        assert moved == set()
+    elif train == "lora":
+        assert moved
+        assert {name for name in moved if "_proj" not in name or ".experts." in name or "kv_b_proj" in name} == set()
+    export_model(tmp_path / "run", "hf", tmp_path / "whole")
+    assert not changed(after, state_of(tmp_path / "whole"))
+    texts = [
+        nextn.generate(nextn.load(tmp_path / "whole"), ["line"], max_new_tokens=16, draft_length=n).token_ids
+        for n in (0, 2)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_a_frozen_trunk_is_not_balanced_either(here: Path, tmp_path: Path):
+    recipe = recipe_of(here, "own", "none")
+    recipe, model, data = start(recipe, tmp_path)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = Trainer(recipe, model, data.train, data.validation, tmp_path, evaluate=None, provenance={})
+    trainer.step()
+    moved = changed(before, model.state_dict())
+    assert all(name.startswith("scheme.") for name in moved)
+    assert any("e_score_correction_bias" in name for name in moved), "the modules' own experts are"
 
 
 def test_the_checkpoint_of_a_frozen_trunk_is_written_whole_again(here: Path, tmp_path: Path):

@@ -281,3 +281,35 @@ def test_a_store_that_swaps_gates_or_forgets_a_companion_would_be_noticed(tmp_pa
     monkeypatch.setattr(store.Origin, "write", lambda *_: None)
     out = saved(nextn.load(plain_folder("llama", tmp_path / "llama")), tmp_path / "forgetful")
     assert not (out / "LICENSE").exists()
+
+
+# --------------------------------------------------------------------------------------------- the whole way, by family
+
+EXPECTED_IN_A_SMALL_MODEL = tuple(PLAIN) + EXPECTED_BY_TRANSFORMERS
+
+
+@pytest.mark.parametrize("kind", EXPECTED_IN_A_SMALL_MODEL)
+def test_load_train_the_modules_save_and_load_again(kind: str, tmp_path: Path, caplog):
+    """One optimizer step on the modules alone; the folder is whole, exact, quiet in transformers, and decodes alike."""
+    if kind in PLAIN:
+        model = with_modules(plain_folder(kind, tmp_path / "theirs"), SCHEMES["one recursive module"])
+    else:
+        Reference(FAMILIES[kind]).save(tmp_path / "theirs")
+        model = load_with_transformers(tmp_path / "theirs")
+    trunk_before = {name: tensor.clone() for name, tensor in model.trunk.state_dict().items()}
+    model.trunk.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.scheme.train()
+    model(IDS).loss.backward()
+    optimizer.step()
+    model.eval()
+    out = saved(model, tmp_path / "ours")
+    again = nextn.load(out)
+    assert differences(model, again) == []
+    assert all(torch.equal(tensor, trunk_before[name]) for name, tensor in again.trunk.state_dict().items())
+    assert warnings_of_transformers(out, caplog) == []
+    texts = [
+        nextn.generate(one, [[5, 6, 7]], max_new_tokens=12, draft_length=length).token_ids
+        for one, length in ((model, 2), (again, 2), (again, 0))
+    ]
+    assert texts[0] == texts[1] == texts[2]

@@ -318,8 +318,8 @@ class Trainer:
         grad_norm = self.world.global_norm(optimizer.gradients())
         self._check_finite(loss, loss_per_depth, grad_norm, objective.depth_weights)
         learning_rate = optimizer.step(clock.step, grad_norm)
-        with_mtp = recipe.training.balance_mtp_blocks
-        balanced = {name: load for name, load in loads.items() if with_mtp or not name.startswith("scheme.")}
+        is_balanced = {"trunk": self.state.trains_trunk, "scheme": recipe.training.balance_mtp_blocks}
+        balanced = {name: load for name, load in loads.items() if is_balanced[name.partition(".")[0]]}
         update_routing_biases(self.model, balanced, recipe.training.bias_update_speed)
         clock.step += 1
         clock.num_tokens += batch.input_ids.numel()
