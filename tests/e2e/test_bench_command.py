@@ -59,17 +59,17 @@ def figures(*arguments: str) -> dict:
     return json.loads(Path("figures.json").read_text())
 
 
-def names(found: dict, setting: int = 0) -> list[str]:
-    return [arm["name"] for arm in found["settings"][setting]["arms"]]
+def names(found: dict, scenario: int = 0) -> list[str]:
+    return [arm["name"] for arm in found["scenarios"][scenario]["arms"]]
 
 
 def test_held_out_prompts_are_decoded_greedily_and_sampled_by_every_arm_and_a_verdict_follows():
     done = invoke(*BENCH, "--json", "figures.json", "--html", "page.html")
     assert done.exit_code == 0, (done.output, done.exception)
     found = json.loads(Path("figures.json").read_text())
-    assert [own["setting"]["temperature"] for own in found["settings"]] == [0, 1]
+    assert [own["scenario"]["temperature"] for own in found["scenarios"]] == [0, 1]
     assert names(found) == ["plain, eager", *(f"MTP N = {n}" for n in (1, 2, 3)), "MTP adaptive", "prompt lookup N = 3"]
-    for arm in found["settings"][0]["arms"]:
+    for arm in found["scenarios"][0]["arms"]:
         assert arm["num_identical_outputs"] == arm["num_compared_outputs"] == 2
         assert len(arm["decode_tok_per_s"]) == len(arm["end_to_end_tok_per_s"]) == 2
     assert found["options"]["drafting"] == "as_trained"
@@ -82,16 +82,16 @@ def test_held_out_prompts_are_decoded_greedily_and_sampled_by_every_arm_and_a_ve
     assert "</html>" in Path("page.html").read_text()
 
 
-def test_a_setting_is_measured_for_every_batch_size_prompt_set_length_and_temperature():
+def test_a_scenario_is_measured_for_every_batch_size_prompt_set_length_and_temperature():
     wanted = ["--batch-sizes", "1,3", "--temperature", "0", "--context", "4,700", "--prompts", "held-out"]
     found = figures(*QUICK, *wanted, "--prompts", "good.jsonl", "--repeats", "1", "-n", "8")
-    settings = [tuple(own["setting"].values()) for own in found["settings"]]
-    assert settings == [
+    scenarios = [tuple(own["scenario"].values()) for own in found["scenarios"]]
+    assert scenarios == [
         (name, length, size, 0.0)
         for size in (1, 3)
         for name, length in (("held-out", 4), ("held-out", 64 - 8), ("good.jsonl", None))
     ]
-    assert {own["num_prompts"] for own in found["settings"][3:]} == {3}, "whole batches"
+    assert {own["num_prompts"] for own in found["scenarios"][3:]} == {3}, "whole batches"
     assert len(found["verdicts"]) == 6
     assert "; at batch 3 " in found["summary"]
 
@@ -99,11 +99,11 @@ def test_a_setting_is_measured_for_every_batch_size_prompt_set_length_and_temper
 def test_prompts_of_a_file_are_decoded_and_named_in_the_provenance():
     found = figures(*QUICK, "--prompts", "good.jsonl", "-n", "6", "--temperature", "1", "--repeats", "1")
     assert names(found) == ["plain, eager", "MTP N = 2", "prompt lookup N = 2"]
-    assert found["settings"][0]["num_prompts"] == 2
-    assert found["settings"][0]["arms"][1]["num_compared_outputs"] is None, "sampled texts are not compared"
+    assert found["scenarios"][0]["num_prompts"] == 2
+    assert found["scenarios"][0]["arms"][1]["num_compared_outputs"] is None, "sampled texts are not compared"
     assert found["provenance"]["corpus"]["prompt_sets"][0]["file"] == "good.jsonl"
     one = figures(*QUICK, "--prompts", "good.jsonl", "-n", "6", "--num-prompts", "1", "--temperature", "0")
-    assert one["settings"][0]["num_prompts"] == 1
+    assert one["scenarios"][0]["num_prompts"] == 1
 
 
 @pytest.mark.parametrize(("engine", "lengths"), [("vllm", [1, 2]), ("transformers", [2])])
@@ -114,7 +114,7 @@ def test_an_engines_drafts_are_measured_under_its_name(engine: str, lengths: lis
     assert done.exit_code == 0, (done.output, done.exception)
     found = json.loads(Path("figures.json").read_text())
     assert (found["options"]["drafting"], found["options"]["compiled"]) == (engine, False)
-    drafting = [arm["draft_length"] for arm in found["settings"][0]["arms"] if arm["drafter"] == "mtp"]
+    drafting = [arm["draft_length"] for arm in found["scenarios"][0]["arms"] if arm["drafter"] == "mtp"]
     assert drafting == lengths
     assert f"tokens per second are nextn's, not {engine}'s" in done.output
 
@@ -126,7 +126,7 @@ def test_a_model_without_mtp_is_measured_with_prompt_lookup():
 
 def test_a_lossy_verifier_is_an_arm_that_says_what_it_changed_and_decides_nothing():
     found = figures(*QUICK, "--verifier", "typical:0.2", "--temperature", "0", "--repeats", "1")
-    lossy = next(arm for arm in found["settings"][0]["arms"] if not arm["is_lossless"])
+    lossy = next(arm for arm in found["scenarios"][0]["arms"] if not arm["is_lossless"])
     assert lossy["name"] == "MTP N = 2, typical:0.2 (lossy)"
     assert 0 <= lossy["changed_share"] <= 1
     assert "lossy" not in found["summary"]
@@ -150,7 +150,7 @@ def test_the_four_approaches_are_one_table_and_a_missing_one_says_what_to_train(
 
 def test_without_a_recipe_code_is_continued(folder: Path):
     found = figures("bench", "bare", *QUICK[2:], "--temperature", "0", "--repeats", "1", "-n", "4", "--context", "8")
-    assert found["settings"][0]["setting"]["prompts"] == "code"
+    assert found["scenarios"][0]["scenario"]["prompts"] == "code"
 
 
 @pytest.mark.slow
@@ -158,7 +158,7 @@ def test_compiled_arms_give_the_same_outputs():
     arguments = ["bench", "run", "--repeats", "1", "--temperature", "0", "--peers", "none", "--draft-lengths", "1"]
     found = figures(*arguments)
     assert names(found) == ["plain, eager", "plain, compiled", "MTP N = 1", "prompt lookup N = 1"]
-    for arm in found["settings"][0]["arms"]:
+    for arm in found["scenarios"][0]["arms"]:
         assert arm["num_identical_outputs"] == arm["num_compared_outputs"]
 
 

@@ -14,9 +14,9 @@ from nextn.bench import page as bench_page
 from nextn.bench import peers, verdict
 from nextn.bench.approaches import Approach, TrainedModel, approaches, trained_model
 from nextn.bench.arms import CHECKPOINT, Arm, arms_of
-from nextn.bench.figures import BenchReport, Setting
+from nextn.bench.figures import BenchReport, Scenario
 from nextn.bench.peer_engines import check_peers
-from nextn.bench.timing import Runner, Timed, measure_setting, tokens_per_forward
+from nextn.bench.timing import Runner, Timed, measure_scenario, tokens_per_forward
 from nextn.bench.verdict import decide, summarise
 from nextn.decoding import GenerationResult
 from nextn.decoding.batch import Costs
@@ -31,7 +31,7 @@ from tests.lossless.conftest import TEXT, memorising_model, random_model
 from tests.unit.test_report import Page
 
 PROMPTS = [TEXT[0, :5].tolist(), TEXT[2, :5].tolist(), TEXT[3, :5].tolist()]
-SETTING = Setting("random", 5, batch_size=2, temperature=0.0)
+SCENARIO = Scenario("random", 5, batch_size=2, temperature=0.0)
 
 # -------------------------------------------------------------------------------------------------------------- verdict
 
@@ -57,8 +57,8 @@ def test_judging_by_the_median_alone_would_recommend_noise():
 
 
 @given(st.lists(st.tuples(st.sampled_from([1, 4, 16]), TABLES), min_size=1, max_size=6))
-def test_the_summary_recommends_in_a_batch_size_what_gains_in_all_its_settings(rows: list):
-    named = [(size, f"setting {number}", table) for number, (size, table) in enumerate(rows)]
+def test_the_summary_recommends_in_a_batch_size_what_gains_in_all_its_scenarios(rows: list):
+    named = [(size, f"scenario {number}", table) for number, (size, table) in enumerate(rows)]
     parts = summarise(named).split("; ")
     sizes = list(dict.fromkeys(size for size, _ in rows))
     assert len(parts) == len(sizes)
@@ -73,7 +73,7 @@ def test_the_summary_recommends_in_a_batch_size_what_gains_in_all_its_settings(r
             assert recommended.removeprefix("use ").partition(":")[0] in everywhere
 
 
-def test_settings_of_one_batch_size_that_disagree_are_told_apart():
+def test_scenarios_of_one_batch_size_that_disagree_are_told_apart():
     rows = [
         (1, "temperature 0", {"N = 2": Speedup(1.6, 1.5, 1.7)}),
         (1, "temperature 1", {"N = 2": Speedup(0.9, 0.8, 0.95)}),
@@ -90,7 +90,7 @@ def test_without_drafts_there_is_nothing_to_say():
 
 
 def runners(*arms: Arm) -> list[Runner]:
-    return [Runner(arm, SETTING.batch_size) for arm in arms]
+    return [Runner(arm, SCENARIO.batch_size) for arm in arms]
 
 
 def some_arms(**options) -> list[Arm]:
@@ -101,7 +101,7 @@ def test_all_lossless_arms_give_plain_outputs_and_every_figure_belongs_to_its_ar
     arms = some_arms(
         verifier="typical", draft_model=random_model(5, num_depths=0), standard=random_model(6, num_depths=0)
     )
-    figures = measure_setting(SETTING, runners(*arms), PROMPTS, {}, max_new_tokens=12, num_repeats=2)
+    figures = measure_scenario(SCENARIO, runners(*arms), PROMPTS, {}, max_new_tokens=12, num_repeats=2)
     assert figures.num_prompts == 4, "three prompts fill two batches of two"
     assert figures.arms[0].name == "plain, eager"
     for arm in figures.arms:
@@ -132,33 +132,33 @@ def test_all_lossless_arms_give_plain_outputs_and_every_figure_belongs_to_its_ar
 def test_an_arm_that_changes_an_output_is_found(monkeypatch: pytest.MonkeyPatch):
     decode = Runner.decode
 
-    def changed(self: Runner, prompts, **settings):
+    def changed(self: Runner, prompts, **options):
         """Broken: with drafts, the second prompt is another one."""
         if self.arm.draft_length and len(prompts) > 2:
             prompts = [prompts[0], [1, 2, 3], *prompts[2:]]
-        return decode(self, prompts, **settings)
+        return decode(self, prompts, **options)
 
     monkeypatch.setattr(Runner, "decode", changed)
-    figures = measure_setting(SETTING, runners(*some_arms()[:2]), PROMPTS, {}, max_new_tokens=12, num_repeats=1)
+    figures = measure_scenario(SCENARIO, runners(*some_arms()[:2]), PROMPTS, {}, max_new_tokens=12, num_repeats=1)
     assert [arm.num_identical_outputs for arm in figures.arms] == [4, 3]
 
 
 def test_sampled_outputs_are_not_compared():
-    setting = dataclasses.replace(SETTING, temperature=1.0)
-    figures = measure_setting(setting, runners(*some_arms()[:2]), PROMPTS, {}, max_new_tokens=6, num_repeats=1)
+    scenario = dataclasses.replace(SCENARIO, temperature=1.0)
+    figures = measure_scenario(scenario, runners(*some_arms()[:2]), PROMPTS, {}, max_new_tokens=6, num_repeats=1)
     assert {arm.num_compared_outputs for arm in figures.arms} == {None}
 
 
 def test_arms_are_timed_in_turn_and_none_always_runs_first(monkeypatch: pytest.MonkeyPatch):
     calls, decode = [], Runner.decode
 
-    def recorded(self: Runner, prompts, **settings):
+    def recorded(self: Runner, prompts, **options):
         if len(prompts) == 4:
-            calls.append((self.arm.name, settings["seed"]))
-        return decode(self, prompts, **settings)
+            calls.append((self.arm.name, options["seed"]))
+        return decode(self, prompts, **options)
 
     monkeypatch.setattr(Runner, "decode", recorded)
-    measure_setting(SETTING, runners(*some_arms()[:3]), PROMPTS, {}, max_new_tokens=6, num_repeats=3)
+    measure_scenario(SCENARIO, runners(*some_arms()[:3]), PROMPTS, {}, max_new_tokens=6, num_repeats=3)
     names = ["plain, eager", "MTP N = 1", "MTP N = 2"]
     assert calls == [(name, repeat) for repeat in range(3) for name in in_turn(names, repeat)]
     assert [calls[3 * repeat][0] for repeat in range(3)] == names
@@ -177,7 +177,7 @@ def test_speedup_is_against_the_fastest_plain_arm(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(
         Runner, "decode", lambda self, prompts, **_: Timed(result(rates[self.arm.name], {}, (0, 0, 0)), 1.0)
     )
-    figures = measure_setting(SETTING, runners(*arms), PROMPTS, {}, max_new_tokens=3, num_repeats=1)
+    figures = measure_scenario(SCENARIO, runners(*arms), PROMPTS, {}, max_new_tokens=3, num_repeats=1)
     assert {arm.name: arm.speedup.median for arm in figures.arms} == pytest.approx(
         {"plain, eager": 0.5, "plain, compiled": 1.0, "MTP N = 2": 1.5}  # against eager it would be 3.0
     )
@@ -250,7 +250,7 @@ def test_every_prompt_goes_to_every_engine_in_turn_and_outputs_are_compared_with
     assert [call[:2] for call in calls[:6]] == [
         ("nextn", 0), ("theirs", 0), ("theirs", 2), ("theirs", 0), ("theirs", 2), ("nextn", 0),
     ]  # fmt: skip
-    ours, plain, drafting = peers.peer_figures(arms, 0, "a setting")
+    ours, plain, drafting = peers.peer_figures(arms, 0, "a scenario")
     assert (ours.num_identical_outputs, plain.num_identical_outputs, drafting.num_identical_outputs) == (2, 1, 2)
     assert plain.first_difference == 1
     assert drafting.mean_acceptance_length == 2.5
@@ -310,11 +310,11 @@ def test_a_draft_model_costs_its_own_training_and_its_targets():
 def report() -> BenchReport:
     figures = []
     for temperature in (0.0, 1.0):
-        setting = Setting("<held-out>", 5, 1, temperature)
+        scenario = Scenario("<held-out>", 5, 1, temperature)
         own = [Runner(arm, 1) for arm in some_arms(verifier="typical")]
-        figures.append(measure_setting(setting, own, PROMPTS, {}, max_new_tokens=8, num_repeats=2))
+        figures.append(measure_scenario(scenario, own, PROMPTS, {}, max_new_tokens=8, num_repeats=2))
     peer_figures = peers.PeerFigures("transformers", 0, "greedy", (90.0, 91.0), Speedup(1.0, 1.0, 1.0), 1.0, 2, 3, 4)
-    return BenchReport.of_settings(
+    return BenchReport.of_scenarios(
         "runs/<demo>",
         figures,
         peers=(peer_figures,),
@@ -342,8 +342,8 @@ def test_the_page_is_well_formed_safe_and_loads_nothing(report: BenchReport):
 
 def test_a_report_without_drafts_peers_and_approaches_has_a_page_too():
     plain = arms_of(random_model(0, num_depths=0), [], compiled=False, drafting="as_trained")[:1]
-    figures = measure_setting(SETTING, runners(*plain), PROMPTS, {}, max_new_tokens=4, num_repeats=1)
-    report = BenchReport.of_settings(
+    figures = measure_scenario(SCENARIO, runners(*plain), PROMPTS, {}, max_new_tokens=4, num_repeats=1)
+    report = BenchReport.of_scenarios(
         "m", [figures], peers=(), approaches=(), notes=(), options={"num_repeats": 1}, provenance={}
     )
     assert "Only plain decoding was measured" in "".join(Page(bench_page.render(report)).words)
@@ -352,12 +352,12 @@ def test_a_report_without_drafts_peers_and_approaches_has_a_page_too():
 def test_the_report_goes_to_json_with_its_verdicts(report: BenchReport):
     table = json.loads(json.dumps(to_table(report), allow_nan=False))
     assert table["summary"] == report.summary
-    assert len(table["verdicts"]) == len(table["settings"]) == 2
-    assert table["settings"][0]["arms"][1]["speedup"].keys() == {"median", "lowest", "highest"}
+    assert len(table["verdicts"]) == len(table["scenarios"]) == 2
+    assert table["scenarios"][0]["arms"][1]["speedup"].keys() == {"median", "lowest", "highest"}
 
 
 def test_the_verdict_leaves_lossy_arms_out(report: BenchReport):
-    for figures in report.settings:
+    for figures in report.scenarios:
         assert any("lossy" in arm.name for arm in figures.arms)
         assert not any("lossy" in name for name in figures.speedups)
         assert figures.verdict == verdict.decide(figures.speedups).text

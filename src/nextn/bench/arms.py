@@ -17,6 +17,8 @@ CHECKPOINT, STANDARD, PARALLEL = "checkpoint", "standard", "parallel"
 
 DRAFTERS = ("mtp", PROMPT_LOOKUP, "draft_model")
 
+ADAPTIVE: Literal["adaptive"] = "adaptive"
+
 DraftLength = int | Literal["adaptive"]
 
 
@@ -30,7 +32,7 @@ class Arm:
         model: the weights, prepared for decoding.
         draft_length: N; 0 is plain decoding.
         compiled: whether the steps are compiled.
-        options: the decoder's further settings.
+        options: the decoder's further options.
     """
 
     name: str

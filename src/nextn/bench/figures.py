@@ -1,4 +1,4 @@
-"""What a comparison of arms found: figures of an arm, of a setting with its verdict, and of a whole `nextn bench`."""
+"""What a comparison of arms found: figures of an arm, of a scenario with its verdict, and of a whole `nextn bench`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nextn.evaluation.results import Speedup
 
 
 @dataclass(frozen=True)
-class Setting:
+class Scenario:
     """What all arms share while they are compared.
 
     Attributes:
@@ -34,7 +34,7 @@ class Setting:
     def name(self) -> str:
         """For people.
 
-        >>> Setting("code", 128, batch_size=4, temperature=0.0).name
+        >>> Scenario("code", 128, batch_size=4, temperature=0.0).name
         'batch 4, temperature 0, code, prompts of 128 tokens'
         """
         return f"batch {self.batch_size}, {self.within_batch_size}"
@@ -48,7 +48,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class ArmFigures:
-    """What was measured of one arm in one setting.
+    """What was measured of one arm in one scenario.
 
     Attributes:
         name, weights, drafter, is_lossless: of the arm; the drafter of plain decoding is None.
@@ -94,18 +94,18 @@ class ArmFigures:
 
 
 @dataclass(frozen=True)
-class SettingFigures:
-    """All arms in one setting.
+class ScenarioFigures:
+    """All arms in one scenario.
 
     Attributes:
-        setting: what they shared.
+        scenario: what they shared.
         num_prompts: decoded in each repeat.
         max_new_tokens: after each prompt.
         source: of the prompts, for the provenance.
         arms: plain ones first.
     """
 
-    setting: Setting
+    scenario: Scenario
     num_prompts: int
     max_new_tokens: int
     source: dict[str, Any]
@@ -119,7 +119,7 @@ class SettingFigures:
 
     @property
     def verdict(self) -> str:
-        """What to do in this setting."""
+        """What to do in this scenario."""
         return decide(self.speedups).text
 
     def fastest(self, weights: str, drafter: str | None, *, fixed: bool = False) -> ArmFigures | None:
@@ -142,8 +142,8 @@ class BenchReport:
     Attributes:
         model: as the user named it.
         summary: the verdict in one line.
-        verdicts: one per setting.
-        settings: the figures.
+        verdicts: one per scenario.
+        scenarios: the figures.
         peers: other engines with the same weights.
         approaches: the four ways to decode faster, compared; empty if none was named.
         notes: what a reader must know.
@@ -154,7 +154,7 @@ class BenchReport:
     model: str
     summary: str
     verdicts: tuple[str, ...]
-    settings: tuple[SettingFigures, ...]
+    scenarios: tuple[ScenarioFigures, ...]
     peers: tuple[PeerFigures, ...]
     approaches: tuple[Approach, ...]
     notes: tuple[str, ...]
@@ -162,8 +162,8 @@ class BenchReport:
     provenance: dict[str, Any]
 
     @classmethod
-    def of_settings(cls, model: str, settings: Sequence[SettingFigures], **others: Any) -> BenchReport:
+    def of_scenarios(cls, model: str, scenarios: Sequence[ScenarioFigures], **others: Any) -> BenchReport:
         """A report with its verdicts taken from the figures; `others` are the other fields, by name."""
-        rows = [(own.setting.batch_size, own.setting.within_batch_size, own.speedups) for own in settings]
-        verdicts = tuple(f"{own.setting.name}: {own.verdict}" for own in settings)
-        return cls(model=model, summary=summarise(rows), verdicts=verdicts, settings=tuple(settings), **others)
+        rows = [(own.scenario.batch_size, own.scenario.within_batch_size, own.speedups) for own in scenarios]
+        verdicts = tuple(f"{own.scenario.name}: {own.verdict}" for own in scenarios)
+        return cls(model=model, summary=summarise(rows), verdicts=verdicts, scenarios=tuple(scenarios), **others)

@@ -16,7 +16,7 @@ from nextn.tables import flattened
 from nextn.wording import plain
 
 MAX_CURVES = 4
-"""Settings whose acceptance is drawn; more could not be told apart."""
+"""Scenarios whose acceptance is drawn; more could not be told apart."""
 
 
 def render(report: BenchReport) -> str:
@@ -30,7 +30,7 @@ def render(report: BenchReport) -> str:
         longest=0,
         speedups=[
             Markup(plots.speedup_plot(number, own.speedups)) if own.speedups else ""
-            for number, own in enumerate(report.settings)
+            for number, own in enumerate(report.scenarios)
         ],
         acceptance=Markup(plots.acceptance_by_depth_plot(curves[:MAX_CURVES])) if curves else "",
         median=statistics.median,
@@ -47,7 +47,7 @@ def write_page(report: BenchReport, path: Path) -> None:
 
 @dataclass(frozen=True)
 class _Curve:
-    """Acceptance of an arm with N drafts, named after its setting; shares as in `ArmFigures`."""
+    """Acceptance of an arm with N drafts, named after its scenario; shares as in `ArmFigures`."""
 
     name: str
     draft_length: int
@@ -56,15 +56,15 @@ class _Curve:
 
 
 def _curves(report: BenchReport) -> list[_Curve]:
-    """The longest fixed draft of the MTP depths in each setting of one batch size, which does not change acceptance."""
-    first, curves = report.settings[0].setting.batch_size, []
-    for figures in report.settings:
-        setting = figures.setting
+    """The longest fixed MTP draft in each scenario of one batch size; the batch size does not change acceptance."""
+    first, curves = report.scenarios[0].scenario.batch_size, []
+    for figures in report.scenarios:
+        scenario = figures.scenario
         arms = [arm for arm in figures.arms if (arm.weights, arm.drafter, arm.is_lossless) == (CHECKPOINT, "mtp", True)]
         arm = max((arm for arm in arms if arm.draft_length), key=lambda arm: arm.draft_length or 0, default=None)
-        if arm is None or setting.batch_size != first:
+        if arm is None or scenario.batch_size != first:
             continue
-        length = "" if setting.prompt_length is None else f", {setting.prompt_length}"
-        name = f"T = {setting.temperature:g}{length}"
+        length = "" if scenario.prompt_length is None else f", {scenario.prompt_length}"
+        name = f"T = {scenario.temperature:g}{length}"
         curves.append(_Curve(name, arm.draft_length or 0, arm.acceptance_unconditional, arm.acceptance_conditional))
     return curves

@@ -62,7 +62,7 @@ class PeerFigures:
     Attributes:
         engine: its name; `nextn` is ours.
         draft_length: N.
-        setting: its name.
+        scenario: its name.
         end_to_end_tok_per_s: one rate per repeat, prompts included.
         speedup: against plain decoding by the same engine.
         mean_acceptance_length: AL as the engine reports it.
@@ -72,7 +72,7 @@ class PeerFigures:
 
     engine: str
     draft_length: int
-    setting: str
+    scenario: str
     end_to_end_tok_per_s: tuple[float, ...]
     speedup: Speedup
     mean_acceptance_length: float
@@ -111,13 +111,13 @@ def measure_peers(
             arm.tok_per_s.append(sum(len(one.token_ids) for one in own) / sum(one.wall_s for one in own))
 
 
-def peer_figures(arms: Sequence[PeerArm], end_of_text: int | None, setting: str) -> tuple[PeerFigures, ...]:
+def peer_figures(arms: Sequence[PeerArm], end_of_text: int | None, scenario: str) -> tuple[PeerFigures, ...]:
     """Figures of arms that were asked; the first one is ours, plain, and every engine has a plain one.
 
     Args:
         arms: as `measure_peers` leaves them.
         end_of_text: token that an engine may leave out at the end.
-        setting: name of the setting they were asked in.
+        scenario: name of the scenario they were asked in.
     """
     plain = {arm.engine: arm for arm in arms if arm.draft_length == 0}
     figures = []
@@ -128,7 +128,7 @@ def peer_figures(arms: Sequence[PeerArm], end_of_text: int | None, setting: str)
             PeerFigures(
                 engine=arm.engine,
                 draft_length=arm.draft_length,
-                setting=setting,
+                scenario=scenario,
                 end_to_end_tok_per_s=tuple(arm.tok_per_s),
                 speedup=Speedup.of_repeats(plain[arm.engine].tok_per_s, arm.tok_per_s),
                 mean_acceptance_length=arm.mean_acceptance_length,

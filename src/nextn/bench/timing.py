@@ -1,6 +1,6 @@
 """Arms timed side by side: all decode the same prompts in turn, and what their cycles cost is timed in between.
 
-The *baseline* of a speedup is the fastest plain arm of the same weights in the same setting,
+The *baseline* of a speedup is the fastest plain arm of the same weights in the same scenario,
 eager or compiled. Rates are of decoding: reading the prompt with the trunk is left out, the drafter's reading is not.
 
 What a cycle costs is measured apart from the rates, between the timed repeats, on other text: the prompts backwards, as
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nextn.bench.arms import Arm
-from nextn.bench.figures import ArmFigures, Setting, SettingFigures
+from nextn.bench.figures import ArmFigures, Scenario, ScenarioFigures
 from nextn.decoding import GenerationResult
 from nextn.decoding.policy import Cycle, DraftPolicy
 from nextn.decoding.statistics import AcceptanceStatistics
@@ -64,31 +64,31 @@ class Runner:
         self._num_compiled += 1
         self._say(f"compiling {self.arm.name}")
 
-    def decode(self, prompts: Sequence[Sequence[int]], **settings: Any) -> Timed:
+    def decode(self, prompts: Sequence[Sequence[int]], **options: Any) -> Timed:
         """Decode all prompts, once more whenever something had to be compiled meanwhile.
 
         Adaptive drafting may come to a length that it has not run before; such a run is not a measurement.
         """
         while True:
             num_compiled, started = self._num_compiled, time.perf_counter()
-            result = self.decoder.generate(prompts, **settings)
+            result = self.decoder.generate(prompts, **options)
             wall_s = time.perf_counter() - started
             if num_compiled == self._num_compiled:
                 return Timed(result, wall_s)
 
-    def cycle(self, prompts: Sequence[Sequence[int]], **settings: Any) -> CycleSeconds | None:
+    def cycle(self, prompts: Sequence[Sequence[int]], **options: Any) -> CycleSeconds | None:
         """Seconds of a full cycle, None where no cycle drafted N tokens, or where N changes."""
         if self.arm.draft_length == "adaptive":
             return None
         if self.arm.draft_length == 0:
-            costs = self.decode(prompts, **settings).result.costs
+            costs = self.decode(prompts, **options).result.costs
             num_cycles = sum(costs.num_cycles.values())
             return CycleSeconds(costs.verify_s / num_cycles, 0.0) if num_cycles else None
         policy = self.decoder.policy
         recorder = _Recorder(policy)
         self.decoder.policy = recorder
         try:
-            self.decode(prompts, **settings)
+            self.decode(prompts, **options)
         finally:
             self.decoder.policy = policy
         cycles = [cycle for cycle in recorder.cycles if cycle.draft_length == self.arm.draft_length]
@@ -123,8 +123,8 @@ class _Recorder:
         self._policy.record(cycle)
 
 
-def measure_setting(
-    setting: Setting,
+def measure_scenario(
+    scenario: Scenario,
     runners: Sequence[Runner],
     prompts: Sequence[Sequence[int]],
     source: dict[str, Any],
@@ -132,14 +132,14 @@ def measure_setting(
     max_new_tokens: int,
     num_repeats: int,
     progress: Callable[[str], None] = lambda _: None,
-) -> SettingFigures:
+) -> ScenarioFigures:
     """Warm every arm up, then time all arms in turn, and between the repeats what their cycles cost.
 
     No text is ended at EOS, so that all arms do equal work. Repeat r samples with seed r. Prompts are repeated until
     they fill whole batches.
 
     Args:
-        setting: batch size and temperature of the runners.
+        scenario: batch size and temperature of the runners.
         runners: plain ones first, the one that outputs are compared with before all others of its weights.
         prompts: token ids.
         source: what the prompts are.
@@ -147,9 +147,9 @@ def measure_setting(
         num_repeats: how often each arm is timed.
         progress: told the arm after each of its 2 * num_repeats + 1 runs.
     """
-    filled = fill(prompts, setting.batch_size)
-    usual = {"max_new_tokens": max_new_tokens, "temperature": setting.temperature, "eos_token_id": None}
-    first_batch = sorted(filled, key=len, reverse=True)[: setting.batch_size]
+    filled = fill(prompts, scenario.batch_size)
+    usual = {"max_new_tokens": max_new_tokens, "temperature": scenario.temperature, "eos_token_id": None}
+    first_batch = sorted(filled, key=len, reverse=True)[: scenario.batch_size]
     backwards = [prompt[::-1] for prompt in first_batch]
     for runner in runners:
         runner.decode(first_batch, **usual)
@@ -177,13 +177,13 @@ def measure_setting(
         )
         for weights in references
     }
-    return SettingFigures(
-        setting=setting,
+    return ScenarioFigures(
+        scenario=scenario,
         num_prompts=len(filled),
         max_new_tokens=max_new_tokens,
         source=source,
         arms=tuple(
-            one.figures(baselines[one.arm.weights], references[one.arm.weights] if setting.temperature == 0 else None)
+            one.figures(baselines[one.arm.weights], references[one.arm.weights] if scenario.temperature == 0 else None)
             for one in measured
         ),
     )

@@ -15,7 +15,7 @@ from nextn.evaluation.results import Speedup
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do in one setting.
+    """What to do in one scenario.
 
     Attributes:
         arm: the arm to use; None: leave drafts off.
@@ -41,7 +41,7 @@ class Decision:
 
 
 def decide(speedups: Mapping[str, Speedup]) -> Decision:
-    """The decision in one setting.
+    """The decision in one scenario.
 
     Args:
         speedups: by name, of the lossless arms that draft.
@@ -62,13 +62,13 @@ def decide(speedups: Mapping[str, Speedup]) -> Decision:
     return Decision(best if gaining else None, best, speedups[best])
 
 
-def summarise(settings: Sequence[tuple[int, str, Mapping[str, Speedup]]]) -> str:
-    """One line for all settings: for each batch size the one arm to use, if one gains in all its settings.
+def summarise(scenarios: Sequence[tuple[int, str, Mapping[str, Speedup]]]) -> str:
+    """One line for all scenarios: for each batch size the one arm to use, if one gains in all its scenarios.
 
     Of several such arms the one with the best geometric mean of medians is named, with the span of its medians.
 
     Args:
-        settings: batch size, what else the setting is, and the speedups as for `decide`.
+        scenarios: batch size, what else the scenario is, and the speedups as for `decide`.
 
     >>> summarise([
     ...     (1, "temperature 0", {"N = 2": Speedup(1.7, 1.6, 1.8), "N = 3": Speedup(1.9, 1.8, 2.0)}),
@@ -78,14 +78,14 @@ def summarise(settings: Sequence[tuple[int, str, Mapping[str, Speedup]]]) -> str
     'use N = 2: 1.50x to 1.70x; at batch 16 leave it off: 0.93x'
     """
     texts: list[str] = []
-    for batch_size in dict.fromkeys(batch_size for batch_size, _, _ in settings):
-        own = [(name, speedups) for size, name, speedups in settings if size == batch_size]
+    for batch_size in dict.fromkeys(batch_size for batch_size, _, _ in scenarios):
+        own = [(name, speedups) for size, name, speedups in scenarios if size == batch_size]
         texts.append(f"at batch {batch_size} " * bool(texts) + _of_one_batch_size(own))
     return "; ".join(texts)
 
 
-def _of_one_batch_size(settings: Sequence[tuple[str, Mapping[str, Speedup]]]) -> str:
-    tables = [speedups for _, speedups in settings]
+def _of_one_batch_size(scenarios: Sequence[tuple[str, Mapping[str, Speedup]]]) -> str:
+    tables = [speedups for _, speedups in scenarios]
     everywhere = [name for name in tables[0] if all(name in table and table[name].lowest > 1 for table in tables)]
     if everywhere:
         best = max(everywhere, key=lambda name: math.prod(table[name].median for table in tables))
@@ -97,7 +97,7 @@ def _of_one_batch_size(settings: Sequence[tuple[str, Mapping[str, Speedup]]]) ->
     return ", ".join(
         f"{name}: {f'use {decision.arm}' if decision.arm else 'leave it off'}"
         + (f" ({decision.speedup.median:.2f}x)" if decision.speedup is not None else "")
-        for (name, _), decision in zip(settings, decisions, strict=True)
+        for (name, _), decision in zip(scenarios, decisions, strict=True)
     )
 
 

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-import nextn
-from nextn.bench.arms import DraftLength, arms_of
-from nextn.bench.figures import BenchReport, Setting
 from nextn.bench.page import write_page
-from nextn.bench.peer_engines import check_peers
 from nextn.bench.peers import PEERS, TRANSFORMERS
-from nextn.bench.run import Plan, approaches_of, measure, prompt_sets
+from nextn.bench.plan import plan_bench
+from nextn.bench.request import (
+    FULL,
+    FULL_DRAFT_LENGTH,
+    LOSSY,
+    USUAL,
+    BenchRequest,
+    draft_lengths_of,
+    numbers,
+    peers_of,
+)
+from nextn.bench.run import run_bench
 from nextn.cli.bench_output import BenchProgress, print_report
-from nextn.cli.output import interruptible, messages, status
-from nextn.decoding.engine_drafts import AS_TRAINED, DRAFTING, RECYCLED, usual_drafting
-from nextn.decoding.policy import policy_of
-from nextn.decoding.request import longest_draft, resolve_draft_length, resolve_verifier
-from nextn.decoding.sampling import SamplingConfig
-from nextn.decoding.verify import VERIFIERS
-from nextn.errors import GenerationError
-from nextn.evaluation.prompts import CODE, HELD_OUT, check_prompt_set
+from nextn.cli.console import interruptible, messages, status
+from nextn.decoding.engine_drafts import DRAFTING
 from nextn.files import write_json
-from nextn.mtp import MTPModel, find_checkpoint
-from nextn.provenance import collect
 from nextn.tables import to_table
-
-USUAL = {"batch_sizes": "1", "temperatures": "0,1", "context": ""}
-FULL = {"batch_sizes": "1,4,16", "temperatures": "0,1", "context": "128,768"}
-"""What is measured, without and with `--full`, where an option does not say otherwise."""
-
-FULL_DRAFT_LENGTH = 5
-
-LOSSY = tuple(name for name, verifier in VERIFIERS.items() if not verifier.is_lossless)
 
 
 def bench(
@@ -131,142 +121,38 @@ def bench(
 
         nextn bench runs/mtp --standard runs/plain --draft-model runs/small --parallel runs/parallel
     """
-    defaults = FULL if full else USUAL
-    sizes = _numbers("--batch-sizes", batch_sizes or defaults["batch_sizes"], int)
-    warmths = _numbers("--temperatures", temperatures or defaults["temperatures"], float)
-    lengths = _numbers("--context", context or defaults["context"], int) or [None]
-    for temperature in warmths:
-        SamplingConfig(temperature)
-    if min(sizes) < 1 or min(length or 1 for length in lengths) < 1:
-        raise GenerationError(f"--batch-sizes and --context take numbers above 0, got {sizes} and {lengths}")
-    if verifier is not None:
-        if verifier.partition(":")[0] not in LOSSY:
-            raise GenerationError(f"--verifier adds a lossy arm: {', '.join(LOSSY)}; got {verifier!r}")
-        resolve_verifier(verifier, SamplingConfig())
-    wanted_peers = _peers(peers, engines)
-    folder = find_checkpoint(path)
-    names = prompts or [HELD_OUT if (folder / "recipe.json").exists() else CODE]
-    for name in names:
-        check_prompt_set(name)
-    console = messages()
-    models = {"mtp": nextn.load(folder, device=device, dtype=dtype)}
-    folders = {"mtp": folder}
-    for key, other in {"standard": standard, "draft_model": draft_model, "parallel": parallel}.items():
-        if other is not None:
-            folders[key] = find_checkpoint(other)
-            models[key] = nextn.load(folders[key], device=device, dtype=dtype)
-    model = models["mtp"]
-    if parallel is not None and models["parallel"].scheme is None:
-        raise GenerationError(
-            f"--parallel {parallel} has no MTP depths, so it cannot draft; name one that was trained with them"
-        )
-    drafting = as_ or usual_drafting(model.scheme)
-    emulates = _emulates_an_engine(drafting)
-    arms = arms_of(
-        model,
-        _draft_lengths(model, draft_lengths, drafting, FULL_DRAFT_LENGTH if full else None),
-        compiled=not eager and not emulates,
-        drafting=drafting,
-        verifier=verifier,
-        **{key: models[key] for key in ("draft_model", "standard", "parallel") if key in models},
-    )
-    with status(console) as say:
-        sets = prompt_sets(names, lengths, model, folder, num_prompts, max_new_tokens, max(sizes), say)
-    plan = Plan(
-        settings=tuple(
-            (Setting(name, given.source.get("prompt_length"), size, temperature), given)
-            for size in sizes
-            for name, given in sets
-            for temperature in warmths
-        ),
-        arms=tuple(arms),
+    usual = FULL if full else USUAL
+    request = BenchRequest(
+        path=path,
+        prompts=tuple(prompts or ()),
+        num_prompts=num_prompts,
+        prompt_lengths=numbers("--context", context or usual["context"], int) or (None,),
+        max_new_tokens=max_new_tokens,
+        batch_sizes=numbers("--batch-sizes", batch_sizes or usual["batch_sizes"], int),
+        temperatures=numbers("--temperatures", temperatures or usual["temperatures"], float),
         num_repeats=repeats,
-        peers=tuple(wanted_peers),
+        draft_lengths=None if draft_lengths is None else draft_lengths_of(draft_lengths),
+        usual_draft_length=FULL_DRAFT_LENGTH if full else None,
+        drafting=as_,
+        compiled=not eager,
+        verifier=verifier,
+        draft_model=draft_model,
+        standard=standard,
+        parallel=parallel,
+        peers=(TRANSFORMERS,) if peers is None else peers_of(peers),
         peers_are_wanted=peers is not None,
         engines=engines,
+        device=device,
         dtype=dtype,
-        folder=folder,
-        model=model,
     )
+    console = messages()
+    with status(console) as say:
+        plan = plan_bench(request, say)
     with interruptible(console, "nothing was written"), BenchProgress(console, plan.num_runs) as progress:
-        measured, peers_found, notes = measure(plan, progress)
-    if emulates:
-        notes.append(f"AL and acceptance are those of {as_}'s drafts; tokens per second are nextn's, not {as_}'s")
-    if repeats == 1:
-        notes.append("one repeat has no range, so whether a gain is more than noise is not known")
-    report = BenchReport.of_settings(
-        str(path),
-        measured,
-        peers=peers_found,
-        approaches=approaches_of(folders, models, measured[0]) if len(models) > 1 else (),
-        notes=tuple(notes),
-        options={
-            "drafting": drafting,
-            "compiled": not eager and not emulates,
-            "num_repeats": repeats,
-            "dtype": dtype,
-            "peers": wanted_peers,
-        },
-        provenance=collect(seed=0, device=device, corpus={"prompt_sets": [given.source for _, given in sets]}),
-    )
+        report = run_bench(plan, progress)
     print_report(report)
     if json is not None:
         write_json(json, to_table(report))
     if html is not None:
         write_page(report, html)
         console.print(f"report: {html}")
-
-
-# ------------------------------------------------------------------------------------------------------ what was asked
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    """Numbers separated by commas, each once, in their order. Raises GenerationError."""
-    try:
-        return list(dict.fromkeys(kind(part) for part in text.split(","))) if text else []
-    except ValueError:
-        raise GenerationError(f"{option} takes numbers separated by commas, such as 1,4; got {text!r}") from None
-
-
-def _emulates_an_engine(drafting: str) -> bool:
-    return drafting not in (AS_TRAINED, RECYCLED)
-
-
-def _draft_lengths(model: MTPModel, wanted: str | None, drafting: str, usual: int | None) -> list[DraftLength]:
-    """Each N once, in growing order, adaptive last; 1 to `usual` where no N is wanted, as far as the scheme can draft.
-
-    Raises GenerationError for an N that this model cannot draft.
-    """
-    if wanted is None:
-        longest = resolve_draft_length(model, None, drafting)
-        if _emulates_an_engine(drafting):
-            return [longest] if drafting == "transformers" else list(range(1, longest + 1))
-        if usual is not None and longest:
-            most = longest_draft(model)
-            longest = usual if most is None else min(usual, most)
-        return [*range(1, longest + 1), "adaptive"] if longest else []
-    parts = [part.strip() for part in wanted.split(",")]
-    try:
-        fixed = {int(part) for part in parts if part != "adaptive"}
-    except ValueError:
-        raise GenerationError(
-            f"--draft-lengths takes whole numbers and adaptive, separated by commas, such as 1,2,3,adaptive; "
-            f"got {wanted!r}"
-        ) from None
-    lengths: list[DraftLength] = sorted({resolve_draft_length(model, length, drafting) for length in fixed} - {0})
-    if "adaptive" in parts:
-        if _emulates_an_engine(drafting) or policy_of("adaptive", longest_draft(model)).longest == 0:
-            raise GenerationError(
-                "adaptive needs MTP depths, drafting as no engine does; leave it out of --draft-lengths"
-            )
-        lengths.append("adaptive")
-    return lengths
-
-
-def _peers(wanted: str | None, engines: Path) -> list[str]:
-    """Names of peers. Raises ConfigError for an unknown one, or one that is not installed."""
-    if wanted is None:
-        return [TRANSFORMERS]
-    names = [name for name in dict.fromkeys(part.strip() for part in wanted.split(",")) if name not in ("", "none")]
-    check_peers(names, engines)
-    return names

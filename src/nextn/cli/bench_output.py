@@ -11,14 +11,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 from nextn.bench.approaches import Approach
-from nextn.bench.figures import BenchReport, Setting, SettingFigures
+from nextn.bench.figures import BenchReport, Scenario, ScenarioFigures
 from nextn.bench.peers import PeerFigures
-from nextn.cli.output import figures_table, results
+from nextn.cli.console import figures_table, results
 from nextn.wording import count, duration, plural
 
 
 class BenchProgress:
-    """A bar with the time left on a terminal; elsewhere a line at the beginning of each setting."""
+    """A bar with the time left on a terminal; elsewhere a line at the beginning of each scenario."""
 
     def __init__(self, console: Console, num_runs: int):
         self._console, self._num_runs, self._num_done = console, num_runs, 0
@@ -34,7 +34,7 @@ class BenchProgress:
         self._bar.stop()
 
     def begin(self, text: str) -> None:
-        """A setting begins."""
+        """A scenario begins."""
         left = ""
         if self._num_done:
             per_run_s = (time.monotonic() - self._started) / self._num_done
@@ -52,25 +52,25 @@ class BenchProgress:
 
 
 def print_report(report: BenchReport) -> None:
-    """To standard output: a table per setting, then peers, approaches, notes and the verdict."""
+    """To standard output: a table per scenario, then peers, approaches, notes and the verdict."""
     console = results()
-    for figures in report.settings:
+    for figures in report.scenarios:
         console.print(_arms_table(figures))
     if report.peers:
-        for setting in dict.fromkeys(peer.setting for peer in report.peers):
-            console.print(_peers_table(setting, [peer for peer in report.peers if peer.setting == setting]))
+        for scenario in dict.fromkeys(peer.scenario for peer in report.peers):
+            console.print(_peers_table(scenario, [peer for peer in report.peers if peer.scenario == scenario]))
     if report.approaches:
-        console.print(_approaches_table(report.approaches, report.settings[0].setting))
+        console.print(_approaches_table(report.approaches, report.scenarios[0].scenario))
     for line in (*report.notes, *report.verdicts):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     console.print(f"verdict: {report.summary}", style="bold", soft_wrap=True, markup=False, highlight=False)
 
 
-def _arms_table(figures: SettingFigures) -> Table:
+def _arms_table(figures: ScenarioFigures) -> Table:
     """One row per arm; rates and speedups are medians with their range, acceptance is unconditional, in percent."""
     repeated = figures.arms[0].repeated_text_share
     title = (
-        f"{figures.setting.name}: {plural(figures.num_prompts, 'prompt')}, {figures.max_new_tokens} tokens each, "
+        f"{figures.scenario.name}: {plural(figures.num_prompts, 'prompt')}, {figures.max_new_tokens} tokens each, "
         f"repeated text {repeated:.0%}"
     )
     headings = ("arm", "AL", "v", "c", "pred.", "speedup", "range", "tok/s", "same", "accepted %")
@@ -96,10 +96,10 @@ def _arms_table(figures: SettingFigures) -> Table:
     return table
 
 
-def _peers_table(setting: str, peers: Sequence[PeerFigures]) -> Table:
+def _peers_table(scenario: str, peers: Sequence[PeerFigures]) -> Table:
     """Rates include reading the prompt; speedup is over the same engine's plain decoding."""
     table = figures_table(
-        f"other engines, prompts included: {setting}", ("engine", "N", "AL", "tok/s", "range", "speedup", "same")
+        f"other engines, prompts included: {scenario}", ("engine", "N", "AL", "tok/s", "range", "speedup", "same")
     )
     for peer in peers:
         rates = peer.end_to_end_tok_per_s
@@ -115,7 +115,7 @@ def _peers_table(setting: str, peers: Sequence[PeerFigures]) -> Table:
     return table
 
 
-def _approaches_table(rows: Sequence[Approach], setting: Setting) -> Table:
+def _approaches_table(rows: Sequence[Approach], scenario: Scenario) -> Table:
     headings = (
         "approach",
         "training",
@@ -127,7 +127,7 @@ def _approaches_table(rows: Sequence[Approach], setting: Setting) -> Table:
         "speedup",
         "decoded with",
     )
-    table = figures_table(f"four approaches, {setting.name}", headings)
+    table = figures_table(f"four approaches, {scenario.name}", headings)
     table.padding = (0, 0)
     for row in rows:
         table.add_row(

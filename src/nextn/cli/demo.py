@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 import nextn
-from nextn.cli.output import interruptible, messages, print_arms, print_evaluation, status
+from nextn.cli.console import interruptible, messages, status
+from nextn.cli.output import print_arms, print_evaluation
 from nextn.config import Recipe, load_recipe
 from nextn.errors import ConfigError
 from nextn.evaluation.free_running import ARMS, acceptance_probe

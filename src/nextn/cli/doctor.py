@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import nextn
-from nextn.cli.output import messages, status
+from nextn.cli.console import messages, status
 from nextn.config import DataConfig
 from nextn.data import Document, PackedTokens, Tokenizer, pack, validation_rows
 from nextn.errors import CheckpointError, ConfigError, DataError

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 
 import nextn
-from nextn.cli.output import messages, print_evaluation, print_task_scores, status
+from nextn.cli.console import messages, status
+from nextn.cli.output import print_evaluation, print_task_scores
 from nextn.config import Recipe
 from nextn.data import validation_rows
 from nextn.data.sources import is_path

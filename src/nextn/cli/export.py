@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from nextn.cli.output import messages, status
+from nextn.cli.console import messages, status
 from nextn.interop.export import export_model
 from nextn.provenance import collect
 

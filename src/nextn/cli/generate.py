@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 import nextn
-from nextn.cli.output import interruptible, messages
+from nextn.cli.console import interruptible, messages
 from nextn.decoding import Decoder, GenerationResult, SamplingConfig
 from nextn.decoding.decoder import PROMPT_LOOKUP
 from nextn.decoding.request import resolve_verifier

@@ -10,25 +10,16 @@ from rich.console import Console
 from rich.markup import escape
 
 import nextn
-from nextn.cli.bench import bench
-from nextn.cli.demo import demo
-from nextn.cli.doctor import doctor
-from nextn.cli.evaluate import evaluate
-from nextn.cli.export import export
-from nextn.cli.generate import generate
-from nextn.cli.study import study
-from nextn.cli.train import train
-from nextn.cli.verify import verify
+from nextn.cli.lazy import LazyGroup
 from nextn.errors import NextnError
 
 app = typer.Typer(
+    cls=LazyGroup,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, evaluate, generate, export, bench, verify, doctor, study):
-    app.command()(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nextn.cli.output import interruptible, messages, results, status
+from nextn.cli.console import interruptible, messages, results, status
 from nextn.cli.study_output import StudyProgress, print_plan, print_result
 from nextn.files import make_folder
 from nextn.study.jobs import checked_devices

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from nextn.cli.output import figures_table
+from nextn.cli.console import figures_table
 from nextn.mtp.cost import model_cost, training_flops, weightless_model
 from nextn.study.compare import known_measure, shown
 from nextn.study.jobs import Job

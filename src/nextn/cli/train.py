@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nextn.cli.output import interruptible, messages, print_evaluation, status
+from nextn.cli.console import interruptible, messages, status
+from nextn.cli.output import print_evaluation
 from nextn.config import load_recipe
 from nextn.errors import ConfigError
 from nextn.evaluation.free_running import acceptance_probe

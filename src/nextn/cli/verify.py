@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 import nextn
-from nextn.cli.output import figures_table, interruptible, messages, status
+from nextn.cli.console import figures_table, interruptible, messages, status
 from nextn.decoding.decoder import PROMPT_LOOKUP
 from nextn.evaluation.prompts import CODE, HELD_OUT, PromptSet, check_prompt_set, prompt_set
 from nextn.files import write_json

@@ -30,7 +30,6 @@ class ExpertUsage:
         self.balances: dict[nn.Module, Tensor] = {}
         """`balance_loss` summed over rows, by layer."""
 
-    @torch.compiler.disable  # a note in a dictionary, not a computation
     def record(self, layer: nn.Module, scores: Tensor, experts: Tensor, num_rows: int) -> None:
         """Note what `layer` decided about B * M tokens: unbiased scores [B * M, E], chosen experts [B * M, top_k]."""
         mask = self.token_mask

@@ -34,10 +34,10 @@ class DecoderLayer(nn.Module):
         """[B, M, C] -> [B, M, C]; with a cache, this forward's latents are written to it first."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._run, hidden, context, cache, use_reentrant=False, preserve_rng_state=False)
-        return self._run(hidden, context, cache) if cache is None else self._run_cached(hidden, context, cache)
+        if cache is not None and torch.compiler.is_compiling():
+            from nextn.model.compiler import call_compiled_once  # layers of one kind are compiled once
 
-    @torch.compiler.nested_compile_region  # layers of one kind are compiled once
-    def _run_cached(self, hidden: Tensor, context: LayerContext, cache: LayerCache) -> Tensor:
+            return call_compiled_once(self._run, hidden, context, cache)
         return self._run(hidden, context, cache)
 
     def _run(self, hidden: Tensor, context: LayerContext, cache: LayerCache | None) -> Tensor:

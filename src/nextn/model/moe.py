@@ -104,14 +104,17 @@ class Experts(nn.Module):
 
     def forward(self, hidden: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
         """Sum over the chosen experts of gate * expert(token): [N, C] -> [N, C]."""
-        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            return self._run_chosen(hidden, gates, experts)
+        if torch.compiler.is_compiling():
+            if not torch.is_grad_enabled():
+                return self._run_chosen(hidden, gates, experts)
+            from nextn.model.compiler import call_uncompiled  # loads differ at every step: compiling would never end
+
+            return call_uncompiled(self._run_sorted, hidden, gates, experts)
         few = hidden.shape[0] <= MAX_TOKENS_DENSE and self.num_experts <= MAX_EXPERTS_DENSE
         if few and not torch.is_grad_enabled():
             return self._run_all(hidden, gates, experts)
         return self._run_sorted(hidden, gates, experts)
 
-    @torch.compiler.disable  # loads differ at every step: compiling would never end
     def _run_sorted(self, hidden: Tensor, gates: Tensor, experts: Tensor) -> Tensor:
         """Tokens sorted by expert, one product per expert over its tokens."""
         dispatch = Dispatch.of(experts, self.num_experts)
@@ -289,8 +292,13 @@ class MixtureOfExperts(nn.Module):
     def forward(self, hidden: Tensor, usage: ExpertUsage | None = None) -> Tensor:
         """[B, M, C] -> [B, M, C]; `usage` takes note of the routing."""
         routing = self.gate(hidden.flatten(0, 1))
-        if usage is not None:
-            usage.record(self, routing.scores, routing.experts, hidden.shape[0])
+        noted = (self, routing.scores, routing.experts, hidden.shape[0])
+        if usage is not None and torch.compiler.is_compiling():  # a note in a dictionary, not a computation
+            from nextn.model.compiler import call_uncompiled
+
+            call_uncompiled(usage.record, *noted)
+        elif usage is not None:
+            usage.record(*noted)
         hidden = operand(hidden)
         out = self.experts(hidden.flatten(0, 1), routing.gates, routing.experts).view_as(hidden)
         return out if self.shared_experts is None else out + self.shared_experts(hidden)
