@@ -444,6 +444,10 @@ def test_without_the_harness_the_error_says_how_to_install_it(tmp_path: Path, mo
 
 
 def test_the_command_line_does_not_import_the_harness_unless_asked():
-    code = "import sys, nextn.cli.main; print([m for m in ('lm_eval', 'datasets', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, importlib, nextn.cli.lazy\n"
+        "for name in nextn.cli.lazy.COMMANDS: importlib.import_module(f'nextn.cli.{name}')\n"
+        "print([m for m in ('lm_eval', 'datasets', 'transformers') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
