@@ -16,13 +16,15 @@ from nextn.bench.approaches import Approach, TrainedModel, approaches, trained_m
 from nextn.bench.arms import CHECKPOINT, Arm, arms_of
 from nextn.bench.figures import BenchReport, Scenario
 from nextn.bench.peer_engines import check_peers
+from nextn.bench.plan import draft_lengths_for
+from nextn.bench.request import BenchRequest, draft_lengths_of, numbers
 from nextn.bench.timing import Runner, Timed, measure_scenario, tokens_per_forward
 from nextn.bench.verdict import decide, summarise
 from nextn.decoding import GenerationResult
 from nextn.decoding.batch import Costs
 from nextn.decoding.policy import Cycle, FixedLength
 from nextn.decoding.statistics import AcceptanceStatistics
-from nextn.errors import ConfigError
+from nextn.errors import ConfigError, GenerationError, NextnError
 from nextn.evaluation.free_running import in_turn
 from nextn.evaluation.results import Speedup
 from nextn.interop.engine_clients import Completion
@@ -32,6 +34,61 @@ from tests.unit.test_report import Page
 
 PROMPTS = [TEXT[0, :5].tolist(), TEXT[2, :5].tolist(), TEXT[3, :5].tolist()]
 SCENARIO = Scenario("random", 5, batch_size=2, temperature=0.0)
+
+# ---------------------------------------------------------------------------------------------------------- the request
+
+CONTRADICTIONS = {
+    "negative temperature": ({"temperatures": (0.0, -1.0)}, "temperature must be 0"),
+    "no rows": (
+        {"batch_sizes": (4, 0)},
+        r"-sizes and --context take numbers above 0, got \[4, 0\] and \[None\]",
+    ),
+    "no prompt tokens": ({"prompt_lengths": (8, 0)}, r"take numbers above 0, got \[1\] and \[8, 0\]"),
+    "lossless verifier": ({"verifier": "exact"}, "--verifier adds a lossy arm: threshold, typical; got 'exact'"),
+    "wrong number of parameters": ({"verifier": "threshold:0.1,0.2"}, "verifier 'threshold' takes"),
+    "unknown peer": ({"peers": ("tgi",)}, "--peers knows transformers, vllm, llamacpp, or none; got 'tgi'"),
+    "missing peer": (
+        {"peers": ("vllm",), "engines": Path("nowhere")},
+        "vllm is not installed in nowhere: run make",
+    ),
+    "missing prompts": ({"prompts": ("code", "nowhere.jsonl")}, "cannot read nowhere.jsonl"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS, ids=lambda name: name.replace(" ", "_"))
+def test_a_request_that_contradicts_itself_is_refused_before_anything_is_loaded(case: str):
+    options, message = CONTRADICTIONS[case]
+    BenchRequest(Path("no model"))
+    with pytest.raises(NextnError, match=message):
+        BenchRequest(Path("no model"), **options)
+
+
+@pytest.mark.parametrize("text", ["1,two", "1.5", "", "adaptive,"])
+def test_text_that_is_no_list_of_draft_lengths_is_refused(text: str):
+    with pytest.raises(GenerationError, match="such as 1,2,3,adaptive"):
+        draft_lengths_of(text)
+
+
+def test_text_that_is_no_list_of_numbers_is_refused_and_none_is_an_empty_list():
+    with pytest.raises(GenerationError, match="--batch-sizes takes numbers separated by commas.*got '1;4'"):
+        numbers("--batch-sizes", "1;4", int)
+    assert numbers("--context", "", int) == ()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "usual", "drafting", "lengths"),
+    [
+        (None, None, "as_trained", [1, 2, 3, "adaptive"]),
+        (None, 5, "as_trained", [1, 2, 3, 4, 5, "adaptive"]),
+        (("adaptive", 2, 0, 1), None, "as_trained", [1, 2, "adaptive"]),
+        (None, None, "transformers", [2]),
+        ((2, 1), None, "vllm", [1, 2]),
+    ],
+)
+def test_draft_lengths_are_the_wanted_ones_or_the_usual_ones_of_model_and_drafting(wanted, usual, drafting, lengths):
+    request = BenchRequest(Path("no model"), draft_lengths=wanted, usual_draft_length=usual)
+    assert draft_lengths_for(random_model(0), request, drafting) == lengths
+
 
 # -------------------------------------------------------------------------------------------------------------- verdict
 

@@ -82,7 +82,7 @@ class BenchRequest:
     def __post_init__(self) -> None:
         for temperature in self.temperatures:
             SamplingConfig(temperature)
-        if min(self.batch_sizes) < 1 or min(length or 1 for length in self.prompt_lengths) < 1:
+        if min((*self.batch_sizes, *(length for length in self.prompt_lengths if length is not None))) < 1:
             raise GenerationError(
                 f"--batch-sizes and --context take numbers above 0, got {list(self.batch_sizes)} and "
                 f"{list(self.prompt_lengths)}"

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from nextn.config.recipe import Recipe
 from nextn.errors import ConfigError
+from nextn.tables import hints_of, key_of, to_table
 
 REQUIRED = "required"
 """Default of a setting that has none."""
@@ -63,21 +64,22 @@ def list_settings(table: str = "", settings_class: Any = Recipe) -> tuple[Settin
 
 def table_names(settings_class: Any = Recipe) -> tuple[str, ...]:
     """Names of the tables of a recipe, without those inside of others."""
-    hints = typing.get_type_hints(settings_class)
+    hints = hints_of(settings_class)
     return tuple(name for name, hint in hints.items() if _table_class(hint) is not None)
 
 
 def meaning_of_table(table: str, settings_class: Any = Recipe) -> str:
     """First line of the docstring of one of `table_names`."""
-    found = _table_class(typing.get_type_hints(settings_class)[table])
+    found = _table_class(hints_of(settings_class)[table])
     return (found.__doc__ or "").partition("\n")[0]
 
 
 def _settings_of(settings_class: Any, defaults: Any, prefix: str) -> Iterator[SettingInfo]:
     """Settings of a dataclass and of the tables below it; `defaults` is an instance, None where it has no defaults."""
-    hints = typing.get_type_hints(settings_class)
+    hints = hints_of(settings_class)
     for field in dataclasses.fields(settings_class):
-        hint, name = hints[field.name], prefix + field.name
+        key = key_of(field.name)
+        hint, name = hints[key], prefix + key
         default = _default_of(field) if defaults is None else getattr(defaults, field.name)
         below = _table_class(hint)
         if below is None:
@@ -117,7 +119,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {key: _plain(item) for key, item in vars(value).items()}
+        return to_table(value)
     return value
 
 
