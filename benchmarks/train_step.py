@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from nextn.alignment import align
-from nextn.cli.demo import DEMO_RECIPE
 from nextn.config import ModelConfig, MTPConfig, ObjectiveConfig, load_recipe
+from nextn.demo import DEMO_RECIPE
 from nextn.model.device import resolve_device
 from nextn.mtp import MTPModel
 from nextn.mtp.cost import model_cost

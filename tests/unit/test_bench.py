@@ -70,7 +70,7 @@ def test_text_that_is_no_list_of_draft_lengths_is_refused(text: str):
 
 
 def test_text_that_is_no_list_of_numbers_is_refused_and_none_is_an_empty_list():
-    with pytest.raises(GenerationError, match="--batch-sizes takes numbers separated by commas.*got '1;4'"):
+    with pytest.raises(GenerationError, match=r"--batch-sizes takes numbers separated by commas.*got '1;4'"):
         numbers("--batch-sizes", "1;4", int)
     assert numbers("--context", "", int) == ()
 

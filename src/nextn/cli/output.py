@@ -7,12 +7,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from nextn.cli.console import figures_table
 from nextn.evaluation.results import DecodingArm
+from nextn.lossless import Check
 
 if TYPE_CHECKING:  # importing it needs lm-evaluation-harness
     from nextn.evaluation.tasks import TaskScore
+
+
+VERDICTS = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("-", "")}
+"""Word and style of a check that passed, failed, or cannot fail."""
+
+NUM_SHOWN = 3
+"""Pieces of evidence printed for a failed check; the JSON file has all."""
 
 
 def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
@@ -83,6 +93,27 @@ def print_task_scores(console: Console, scores: Iterable[TaskScore]) -> None:
             _number(score.stderr, 4),
         )
     console.print(table)
+
+
+def print_checks(console: Console, title: str, checks: Sequence[Check]) -> None:
+    """A row per check of the lossless suite, evidence of those that failed, and the verdict."""
+    console.print(_checks_table(title, checks))
+    failed = [check for check in checks if check.passed is False]
+    for check in failed:
+        for evidence in check.evidence[:NUM_SHOWN]:
+            console.print(f"{check.name}: {evidence}", markup=False, highlight=False, soft_wrap=True)
+    verdict = f"NOT lossless: {', '.join(check.name for check in failed)}" if failed else "lossless"
+    console.print(verdict, style="bold red" if failed else "bold green", soft_wrap=True)
+
+
+def _checks_table(title: str, checks: Sequence[Check]) -> Table:
+    table = figures_table(title, ("check", "n", "verdict", "finding", "compared"))
+    for column in table.columns:
+        column.justify, column.overflow = "left", "fold"
+    for check in checks:
+        word, style = VERDICTS[check.passed]
+        table.add_row(check.name, str(check.num_compared), Text(word, style), Text(check.finding), Text(check.compared))
+    return table
 
 
 def _count(value: int | None) -> str:

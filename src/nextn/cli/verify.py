@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import nextn
-from nextn.cli.console import figures_table, interruptible, messages, status
+from nextn.cli.console import interruptible, messages, status
+from nextn.cli.output import VERDICTS, print_checks
 from nextn.decoding.decoder import PROMPT_LOOKUP
 from nextn.evaluation.prompts import CODE, HELD_OUT, PromptSet, check_prompt_set, prompt_set
 from nextn.files import write_json
@@ -21,11 +20,6 @@ from nextn.provenance import collect
 from nextn.wording import plural
 
 USUAL_PROMPTS, USUAL_NEW_TOKENS = 8, 64
-
-VERDICTS = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("-", "")}
-
-NUM_SHOWN = 3
-"""Pieces of evidence printed for a failed check; the JSON file has all."""
 
 
 def verify(
@@ -64,7 +58,7 @@ def verify(
     name = prompts or (HELD_OUT if (folder / "recipe.json").exists() else CODE)
     check_prompt_set(name)
     model = nextn.load(folder, device=device, dtype="float32").eval()
-    console, out = messages(), Console()
+    console = messages()
     checks = []
     with interruptible(console, "nothing was written"), status(console) as say:
         given = prompt_set(name, model, folder, num_prompts, max_new_tokens, say=say)
@@ -77,28 +71,12 @@ def verify(
         say("decoding in bfloat16")
         rounded = nextn.load(folder, device=device, dtype="bfloat16").eval()
         checks.append(bfloat16_divergence(Subject(rounded, subject.prompts, max_new_tokens)))
-    failed = [check for check in checks if check.passed is False]
     title = f"{plural(len(given.prompts), 'prompt')} ({name}), {max_new_tokens} tokens each, drafts: {subject.drafter}"
-    out.print(_table(title, checks))
-    for check in failed:
-        for evidence in check.evidence[:NUM_SHOWN]:
-            out.print(f"{check.name}: {evidence}", markup=False, highlight=False, soft_wrap=True)
-    verdict = f"NOT lossless: {', '.join(check.name for check in failed)}" if failed else "lossless"
-    out.print(verdict, style="bold red" if failed else "bold green", soft_wrap=True)
+    print_checks(Console(), title, checks)
     if json is not None:
         write_json(json, _figures(checks, subject, given, device))
-    if failed:
+    if any(check.passed is False for check in checks):
         raise typer.Exit(1)
-
-
-def _table(title: str, checks: list[Check]) -> Table:
-    table = figures_table(title, ("check", "n", "verdict", "finding", "compared"))
-    for column in table.columns:
-        column.justify, column.overflow = "left", "fold"
-    for check in checks:
-        word, style = VERDICTS[check.passed]
-        table.add_row(check.name, str(check.num_compared), Text(word, style), Text(check.finding), Text(check.compared))
-    return table
 
 
 def _figures(checks: list[Check], subject: Subject, given: PromptSet, device: str) -> dict[str, Any]:
