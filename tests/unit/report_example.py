@@ -62,7 +62,7 @@ def arm(name: str, temperature: float, counts: tuple[int, ...], plain: tuple[flo
 def sample(name: str, text: str, seed: int) -> results.Sample:
     noise, pieces, depth = random.Random(seed), [], 0
     for character in text:
-        pieces.append(results.Piece(character, depth))
+        pieces.append(results.TokenText(character, depth))
         depth = depth + 1 if depth < NUM_DEPTHS and noise.random() < 0.62 else 0
     return results.Sample(
         name, "import unittest\n\nclass ResponseTest(unittest.TestCase):\n    def test_ok(self):\n", tuple(pieces)

@@ -25,7 +25,7 @@ from nextn.decoding.batch import Costs
 from nextn.decoding.policy import Cycle, FixedLength
 from nextn.decoding.statistics import AcceptanceStatistics
 from nextn.errors import ConfigError, GenerationError, NextnError
-from nextn.evaluation.free_running import in_turn
+from nextn.evaluation.interleaving import rotated
 from nextn.evaluation.results import Speedup
 from nextn.interop.engine_clients import Completion
 from nextn.tables import to_table
@@ -217,7 +217,7 @@ def test_arms_are_timed_in_turn_and_none_always_runs_first(monkeypatch: pytest.M
     monkeypatch.setattr(Runner, "decode", recorded)
     measure_scenario(SCENARIO, runners(*some_arms()[:3]), PROMPTS, {}, max_new_tokens=6, num_repeats=3)
     names = ["plain, eager", "MTP N = 1", "MTP N = 2"]
-    assert calls == [(name, repeat) for repeat in range(3) for name in in_turn(names, repeat)]
+    assert calls == [(name, repeat) for repeat in range(3) for name in rotated(names, repeat)]
     assert [calls[3 * repeat][0] for repeat in range(3)] == names
 
 

@@ -101,7 +101,7 @@ def test_every_generated_token_is_coloured_by_its_origin(page):
 
 def test_accepted_drafts_are_counted_in_characters_since_a_piece_may_hold_several_tokens():
     # "e with acute" in bytes is two tokens, both drafted: one piece, so counting pieces as tokens would say "1 of 2".
-    pieces = results.pieces_of([b"n", b"\xc3", b"\xa9", b"ab"], [0, 1, 2, 1])
+    pieces = results.token_texts([b"n", b"\xc3", b"\xa9", b"ab"], [0, 1, 2, 1])
     text = html.render(dataclasses.replace(example(), samples=(results.Sample("greedy", "x", pieces),)))
     assert "3 of 4 characters from accepted drafts" in text
 
@@ -126,7 +126,7 @@ def test_each_depth_has_a_colour_in_both_themes_and_a_place_in_the_legend(page, 
 
 
 def test_control_characters_and_lone_surrogates_do_not_break_the_page():
-    odd = results.Sample("greedy", "x\x00", (results.Piece("\x1b[0m\r", 0), results.Piece("\udcff\x7f", 1)))
+    odd = results.Sample("greedy", "x\x00", (results.TokenText("\x1b[0m\r", 0), results.TokenText("\udcff\x7f", 1)))
     text = html.render(dataclasses.replace(example(), samples=(odd,)))
     text.encode("utf-8")
     assert re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text) is None

@@ -85,12 +85,12 @@ def test_pieces_of_any_split_of_the_bytes_join_to_the_text(text, cuts):
     data = text.encode("utf-8")
     bounds = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     tokens = [data[a:b] for a, b in itertools.pairwise(bounds)]
-    pieces = results.pieces_of(tokens, range(len(tokens)))
+    pieces = results.token_texts(tokens, range(len(tokens)))
     assert "".join(piece.text for piece in pieces) == text
 
 
 def test_bytes_that_are_not_utf8_show_as_replacement_characters():
-    pieces = results.pieces_of([b"a", b"\xff", b"b", b"\xc3"], [0, 1, 2, 3])
+    pieces = results.token_texts([b"a", b"\xff", b"b", b"\xc3"], [0, 1, 2, 3])
     assert [(piece.text, piece.depth) for piece in pieces] == [("a", 0), ("\ufffd", 1), ("b", 2), ("\ufffd", 3)]
 
 

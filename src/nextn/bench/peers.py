@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from nextn.decoding import GenerationResult
-from nextn.evaluation.free_running import in_turn
+from nextn.evaluation.interleaving import rotated
 from nextn.evaluation.results import Speedup
 from nextn.interop.engine_clients import Completion
+from nextn.lossless.differences import first_difference
 
 TRANSFORMERS, VLLM, LLAMACPP = "transformers", "vllm", "llamacpp"
 PEERS = (TRANSFORMERS, VLLM, LLAMACPP)
@@ -102,7 +103,7 @@ def measure_peers(
     for repeat in range(num_repeats):
         answers: dict[int, list[Completion]] = {id(arm): [] for arm in arms}
         for number, prompt in enumerate(prompts):
-            for arm in in_turn(arms, number + repeat):
+            for arm in rotated(arms, number + repeat):
                 answers[id(arm)].append(ask(arm, prompt, max_new_tokens))
                 progress(arm.engine)
         for arm in arms:
@@ -123,7 +124,7 @@ def peer_figures(arms: Sequence[PeerArm], end_of_text: int | None, scenario: str
     figures = []
     for arm in arms:
         pairs = zip(arm.answers, arms[0].answers, strict=True)
-        differences = [first_difference(one.token_ids, ours.token_ids, end_of_text) for one, ours in pairs]
+        differences = [difference_before_end(one.token_ids, ours.token_ids, end_of_text) for one, ours in pairs]
         figures.append(
             PeerFigures(
                 engine=arm.engine,
@@ -146,18 +147,15 @@ def mean_acceptance_length(answers: Sequence[Completion]) -> float:
     return 1 + sum(answer.num_accepted_tokens for answer in answers) / num_drafts if num_drafts else 1.0
 
 
-def first_difference(a: Sequence[int], b: Sequence[int], end_of_text: int | None) -> int | None:
-    """Index of the first token that differs, None if there is none; a final end of text may be left out.
+def difference_before_end(a: Sequence[int], b: Sequence[int], end_of_text: int | None) -> int | None:
+    """`first_difference` of two outputs, of which either may leave out a final end of text.
 
-    >>> first_difference([5, 6, 0], [5, 6], end_of_text=0) is None
+    >>> difference_before_end([5, 6, 0], [5, 6], end_of_text=0) is None
     True
-    >>> first_difference([5, 6, 7], [5, 8, 7], end_of_text=0), first_difference([5], [5, 6], end_of_text=0)
+    >>> difference_before_end([5, 6, 7], [5, 8, 7], end_of_text=0), difference_before_end([5], [5, 6], end_of_text=0)
     (1, 1)
     """
-    a, b = [token for token in a if token != end_of_text], [token for token in b if token != end_of_text]
-    if a == b:
-        return None
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return first_difference(*([token for token in output if token != end_of_text] for output in (a, b)))
 
 
 def our_arm(draft_length: int, generate: Callable[..., GenerationResult]) -> PeerArm:

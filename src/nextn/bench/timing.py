@@ -29,7 +29,8 @@ from nextn.bench.figures import ArmFigures, Scenario, ScenarioFigures
 from nextn.decoding import GenerationResult
 from nextn.decoding.policy import Cycle, DraftPolicy
 from nextn.decoding.statistics import AcceptanceStatistics
-from nextn.evaluation.free_running import in_turn, mean_repeated_share
+from nextn.evaluation.interleaving import rotated
+from nextn.evaluation.repetition import mean_repeated_share
 from nextn.evaluation.results import Speedup
 
 
@@ -157,10 +158,10 @@ def measure_scenario(
     timings: dict[str, list[Timed]] = {runner.arm.name: [] for runner in runners}
     cycles: dict[str, list[CycleSeconds]] = {runner.arm.name: [] for runner in runners}
     for repeat in range(num_repeats):
-        for runner in in_turn(runners, repeat):
+        for runner in rotated(runners, repeat):
             timings[runner.arm.name].append(runner.decode(filled, seed=repeat, **usual))
             progress(runner.arm.name)
-        for runner in in_turn(runners, repeat):
+        for runner in rotated(runners, repeat):
             if (seconds := runner.cycle(backwards, seed=repeat, **usual)) is not None:
                 cycles[runner.arm.name].append(seconds)
             progress(runner.arm.name)

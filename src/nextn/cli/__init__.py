@@ -1,1 +1,1 @@
-"""The command line: one thin file per command."""
+"""The command line: one file per command, listed by `lazy` and run by `main`; NAME_output prints for NAME."""

@@ -12,7 +12,7 @@ from rich.progress import Progress
 from nextn.cli.console import interruptible, messages, status
 from nextn.cli.output import print_arms, print_evaluation
 from nextn.demo import delete_demo, plan_demo, require_demo, resume_demo
-from nextn.evaluation.free_running import ARMS, acceptance_probe
+from nextn.evaluation.free_running import ARM_TEMPERATURES, acceptance_probe
 from nextn.files import write_json
 from nextn.interop.load import load
 from nextn.report.html import write_report
@@ -67,7 +67,7 @@ def demo(
 
     trained = load(result.checkpoint)  # the written checkpoint is measured, in float32
     with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("decoding", total=2 * repeats * len(ARMS))
+        task = bar.add_task("decoding", total=2 * repeats * len(ARM_TEMPERATURES))
         if not console.is_terminal:
             console.print("decoding held-out prompts, plain and speculative in turn")
         report = report_of_run(

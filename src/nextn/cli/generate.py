@@ -18,7 +18,7 @@ from nextn.decoding.decoder import PROMPT_LOOKUP
 from nextn.decoding.request import resolve_verifier
 from nextn.decoding.vocabulary import DraftVocabulary
 from nextn.errors import GenerationError
-from nextn.evaluation.results import pieces_of
+from nextn.evaluation.results import token_texts
 from nextn.model.prepared import WEIGHT_FORMS, WeightForm
 from nextn.mtp import MTPModel
 
@@ -266,7 +266,7 @@ def _coloured(model: MTPModel, result: GenerationResult, index: int) -> Text:
     assert model.tokenizer is not None, "texts were decoded with it"
     tokens = (model.tokenizer.token_bytes(token_id) for token_id in result.token_ids[index])
     text = Text()
-    for piece in pieces_of(tokens, result.origins[index]):
+    for piece in token_texts(tokens, result.origins[index]):
         text.append(piece.text, style=DEPTH_STYLES[min(piece.depth, len(DEPTH_STYLES) - 1)])
     return text
 

@@ -56,7 +56,7 @@ def completions(
         raise GenerationError(
             f"prompts of {prompt_length} tokens have no room for text: {len(opening)} special tokens open every text"
         )
-    ends = in_turn(documents, lambda document: _ends_of(document, places, tokenizer, length))
+    ends = round_robin(documents, lambda document: _ends_of(document, places, tokenizer, length))
     found = tuple([*opening, *end] for end in itertools.islice(ends, num_prompts))
     if len(found) < num_prompts:
         raise DataError(
@@ -66,11 +66,11 @@ def completions(
     return found
 
 
-def in_turn(documents: Sequence[Document], candidates: Callable[[Document], Iterator[T]]) -> Iterator[T]:
-    """What the documents give: every document one before any gives two, in the order of a hash of their names.
+def round_robin(documents: Sequence[Document], candidates: Callable[[Document], Iterator[T]]) -> Iterator[T]:
+    """Candidates of all documents, in the order of a hash of their names; each gives one before any gives two.
 
     >>> documents = [Document("a", "12"), Document("b", "345")]
-    >>> list(in_turn(documents, lambda document: iter(document.text)))
+    >>> list(round_robin(documents, lambda document: iter(document.text)))
     ['3', '1', '4', '2', '5']
     """
     waiting = deque(candidates(one) for one in sorted(documents, key=lambda document: hash_position(document.name)))

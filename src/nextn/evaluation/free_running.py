@@ -1,24 +1,21 @@
-"""Measuring a trained model: free-running acceptance while training, and decoding arms side by side afterwards."""
+"""Acceptance by decoding held-out prompts, free-running: while a model trains, and beside plain decoding afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import Any
 
 from nextn.config import EvaluationConfig
 from nextn.data import PackedTokens, validation_prompts
 from nextn.decoding import GenerationResult, generate
-from nextn.evaluation.repetition import repeated_text_share
-from nextn.evaluation.results import DecodingArm, Sample, pieces_of
+from nextn.evaluation.interleaving import rotated
+from nextn.evaluation.repetition import mean_repeated_share
+from nextn.evaluation.results import DecodingArm, Sample, token_texts
 from nextn.mtp import MTPModel
 
-T = TypeVar("T")
-
-ARMS = {"greedy": 0.0, "sampled": 1.0}
-"""Every model is measured greedily and sampled at temperature 1: greedy text that loops flatters acceptance."""
+ARM_TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}
+"""Temperature of each arm, by name. Greedy text that loops flatters acceptance, so every model is also sampled."""
 
 
 @dataclass(frozen=True)
@@ -49,20 +46,10 @@ def acceptance_probe(validation: PackedTokens, config: EvaluationConfig) -> Call
             return {}
         return {
             name: _decode(model, prompts, config.max_new_tokens, config.draft_length, temperature).stats.to_table()
-            for name, temperature in ARMS.items()
+            for name, temperature in ARM_TEMPERATURES.items()
         }
 
     return probe
-
-
-def in_turn(items: Sequence[T], repeat: int) -> list[T]:
-    """The items in the order of a repeat: each begins one further on, so that none always comes first.
-
-    >>> [in_turn("abc", repeat) for repeat in range(3)]
-    [['a', 'b', 'c'], ['b', 'c', 'a'], ['c', 'a', 'b']]
-    """
-    first = repeat % len(items)
-    return [*items[first:], *items[:first]]
 
 
 def measure_arm(
@@ -82,19 +69,19 @@ def measure_arm(
         model: with MTP depths and a tokenizer, in evaluation mode.
         held_out: what to decode.
         config: draft_length (N) and max_new_tokens.
-        name: a key of `ARMS`.
+        name: a key of `ARM_TEMPERATURES`.
         num_repeats: timed pairs.
         progress: called after each decoding of all prompts (2 * num_repeats times).
 
     Returns:
         The arm, and the speculative texts of the first repeat with the origin of each token.
     """
-    temperature, lengths = ARMS[name], (0, config.draft_length)
+    temperature, lengths = ARM_TEMPERATURES[name], (0, config.draft_length)
     results: dict[int, list[GenerationResult]] = {length: [] for length in lengths}
     for length in lengths:  # warm-up
         _decode(model, held_out.prompts[:1], config.max_new_tokens, length, temperature)
     for repeat in range(num_repeats):
-        for length in in_turn(lengths, repeat):
+        for length in rotated(lengths, repeat):
             results[length].append(_decode(model, held_out.prompts, config.max_new_tokens, length, temperature))
             progress()
     plain, speculative = results[0], results[config.draft_length]
@@ -114,12 +101,6 @@ def measure_arm(
         repeated_text_share_speculative=mean_repeated_share(drafted),
     )
     return arm, _samples(model, name, held_out, speculative[0])
-
-
-def mean_repeated_share(outputs: Sequence[Sequence[int]]) -> float:
-    """`repeated_text_share` of several outputs together, weighted by their lengths."""
-    lengths = [len(output) for output in outputs]
-    return float(np.average([repeated_text_share(output) for output in outputs], weights=lengths))
 
 
 def _decode(
@@ -146,6 +127,6 @@ def _samples(model: MTPModel, arm: str, held_out: HeldOutPrompts, result: Genera
         return ()
     rows = zip(held_out.prompts, result.token_ids, result.origins, strict=True)
     return tuple(
-        Sample(arm, tokenizer.decode(prompt), pieces_of((tokenizer.token_bytes(i) for i in ids), origins))
+        Sample(arm, tokenizer.decode(prompt), token_texts((tokenizer.token_bytes(i) for i in ids), origins))
         for prompt, ids, origins in rows
     )

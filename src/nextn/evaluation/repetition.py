@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+import numpy as np
+
 
 def repeated_text_share(tokens: Sequence[Hashable], num_gram_tokens: int = 16) -> float:
     """Share of the tokens that lie in an n-gram which occurred before in the same sequence.
@@ -44,3 +46,9 @@ def repeated_text_share(tokens: Sequence[Hashable], num_gram_tokens: int = 16) -
             covered_until = end
         seen.add(gram)
     return num_repeated / len(tokens) if len(tokens) else 0.0
+
+
+def mean_repeated_share(outputs: Sequence[Sequence[int]]) -> float:
+    """`repeated_text_share` of several outputs together, weighted by their lengths."""
+    lengths = [len(output) for output in outputs]
+    return float(np.average([repeated_text_share(output) for output in outputs], weights=lengths))

@@ -1,4 +1,4 @@
-"""What decoding held-out prompts gave: arms with their speedup, and samples with the depth each piece came from.
+"""The results of decoding held-out prompts: arms with their speedup, and samples with the depth each piece came from.
 
 >>> Speedup.of_repeats(plain_tok_per_s=(100.0, 110.0, 90.0), speculative_tok_per_s=(150.0, 154.0, 144.0))
 Speedup(median=1.5, lowest=1.4, highest=1.6)
@@ -105,7 +105,7 @@ class DecodingArm:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenText:
     """The text of one generated token and the depth it came from: 0 is the trunk, k an accepted draft of depth k."""
 
     text: str
@@ -118,19 +118,19 @@ class Sample:
 
     arm: str
     prompt: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TokenText, ...]
 
 
-def pieces_of(tokens: Iterable[bytes], depths: Iterable[int]) -> tuple[Piece, ...]:
+def token_texts(tokens: Iterable[bytes], depths: Iterable[int]) -> tuple[TokenText, ...]:
     """Text pieces of generated tokens, given as bytes, with the depth each came from.
 
     A character that spans several tokens is shown whole in the piece of the token that completes it; bytes that are not
     UTF-8 show as U+FFFD.
 
-    >>> [(piece.text, piece.depth) for piece in pieces_of([b"a", b"\\xc3", b"\\xa9"], [0, 1, 2])]
+    >>> [(piece.text, piece.depth) for piece in token_texts([b"a", b"\\xc3", b"\\xa9"], [0, 1, 2])]
     [('a', 0), ('é', 2)]
     """
-    pieces: list[Piece] = []
+    pieces: list[TokenText] = []
     pending = b""
     depth = 0
     for token, depth in zip(tokens, depths, strict=True):
@@ -142,9 +142,9 @@ def pieces_of(tokens: Iterable[bytes], depths: Iterable[int]) -> tuple[Piece, ..
                 continue
             text = pending.decode("utf-8", errors="replace")
         pending = b""
-        pieces.append(Piece(text, depth))
+        pieces.append(TokenText(text, depth))
     if pending:
-        pieces.append(Piece(pending.decode("utf-8", errors="replace"), depth))
+        pieces.append(TokenText(pending.decode("utf-8", errors="replace"), depth))
     return tuple(pieces)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,14 +39,6 @@ class Completion:
     num_draft_tokens: int
     num_accepted_tokens: int
     wall_s: float
-
-
-class EngineServer(Protocol):
-    """What both servers can do."""
-
-    def complete(self, prompt_ids: Sequence[int], max_new_tokens: int) -> Completion:
-        """At most `max_new_tokens` greedy tokens after the prompt, until the end of text."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor, label_weights: Tensor |
 
 
 def total_loss(main_loss: Tensor, depth_losses: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor:
-    """main + sum over k of weight_k * L_k (DESIGN: Loss; arXiv 2412.19437 eq. 25).
+    """main + sum over k of weight_k * L_k (docs/objective.md; arXiv 2412.19437 eq. 25).
 
     A depth of weight 0 is left out rather than multiplied, so that lambda = 0 is bit for bit plain next-token training;
     it may be None (not computed).

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from nextn.config import Recipe
-from nextn.evaluation.free_running import ARMS, held_out_prompts, mean_repeated_share, measure_arm
+from nextn.evaluation.free_running import ARM_TEMPERATURES, held_out_prompts, measure_arm
+from nextn.evaluation.repetition import mean_repeated_share
 from nextn.evaluation.results import DecodingArm, Sample
 from nextn.mtp import MTPModel
 from nextn.mtp.cost import model_cost
@@ -57,7 +58,7 @@ def report_of_run(
     held_out = held_out_prompts(data.validation, recipe.evaluation)
     arms: list[DecodingArm] = []
     samples: list[Sample] = []
-    for name in ARMS if model.scheme is not None else ():
+    for name in ARM_TEMPERATURES if model.scheme is not None else ():
         arm, texts = measure_arm(model, held_out, recipe.evaluation, name, num_repeats, progress)
         arms.append(arm)
         samples += texts[:NUM_SAMPLES]

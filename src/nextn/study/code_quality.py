@@ -13,7 +13,7 @@ import numpy as np
 
 from nextn.data import Document
 from nextn.data.corpora import hash_position
-from nextn.evaluation.completions import UNREADABLE, in_turn, read_python
+from nextn.evaluation.completions import UNREADABLE, read_python, round_robin
 
 
 def _any(prompt: str) -> bool:
@@ -39,7 +39,7 @@ def function_prompts(
     >>> function_prompts([Document("a.py", source), Document("b.txt", "Once upon a time")], num_prompts=8)
     ('def f(\\n    x,\\n):\\n',)
     """
-    found = in_turn(documents, lambda document: _shuffled_functions(document, fits, seed))
+    found = round_robin(documents, lambda document: _shuffled_functions(document, fits, seed))
     return tuple(itertools.islice(found, num_prompts))
 
 

@@ -14,7 +14,9 @@ from nextn.data import Batch, validation_rows
 from nextn.decoding import AcceptanceStatistics, GenerationResult, generate
 from nextn.decoding.request import USUAL_DRAFT_LENGTH
 from nextn.errors import ConfigError
-from nextn.evaluation.free_running import ARMS, held_out_prompts, in_turn, mean_repeated_share
+from nextn.evaluation.free_running import ARM_TEMPERATURES, held_out_prompts
+from nextn.evaluation.interleaving import rotated
+from nextn.evaluation.repetition import mean_repeated_share
 from nextn.evaluation.results import Speedup
 from nextn.mtp import MTPModel
 from nextn.mtp.cost import model_cost
@@ -179,7 +181,7 @@ def _decoding(
     prompts = held_out_prompts(data.validation, wanted).prompts
     values: dict[str, float] = {}
     say(f"decoding {plural(len(prompts), 'held-out prompt')}")
-    for arm, temperature in ARMS.items():
+    for arm, temperature in ARM_TEMPERATURES.items():
         is_sampled = temperature > 0
         if not (drafting.draft_length or is_sampled):
             continue  # plain greedy text is asked nothing
@@ -225,7 +227,7 @@ def _speed(
 ) -> dict[str, float]:
     """Tokens per second, one prompt at a time, and speedups: medians over repeats, plain and with drafts in turn."""
     values: dict[str, float] = {}
-    for arm, temperature in ARMS.items():
+    for arm, temperature in ARM_TEMPERATURES.items():
         if not drafting.draft_length and temperature:
             continue  # there is nothing to compare plain sampling with
         ways = [PLAIN, drafting] if drafting.draft_length else [PLAIN]
@@ -253,7 +255,7 @@ def _decoding_rates(
     for way in ways:
         way.decode(model, prompts[:1], **usual)
     for repeat in range(measure.num_repeats):
-        for index in in_turn(range(len(ways)), repeat):
+        for index in rotated(range(len(ways)), repeat):
             rates[index].append(ways[index].decode(model, prompts, seed=repeat, **usual).decode_tok_per_s)
     return rates
 
