@@ -42,6 +42,8 @@ MODULES_FILE = "mtp/model.safetensors"
 """In a folder of its own, since engines take every safetensors file beside config.json for weights of the trunk."""
 TRUNK_FOLDER = "trunk"
 """Of a run that does not train its trunk: where it lies, beside the checkpoints."""
+TRUNK_BESIDE_CHECKPOINTS = f"../../{TRUNK_FOLDER}"
+"""The same, seen from a checkpoint."""
 ADAPTER_FOLDER, ADAPTER_FILE, ADAPTER_CONFIG = "adapter", "adapter_model.safetensors", "adapter_config.json"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -92,7 +94,11 @@ class ModelFolder:
         named = self.own.get("trunk")
         if named is None:
             return self.path
-        folder = (self.path / str(named)).resolve()
+        if named != TRUNK_BESIDE_CHECKPOINTS:
+            raise CheckpointError(
+                f"{self.path / CONFIG_FILE}: nextn.trunk is {named!r}; nextn writes {TRUNK_BESIDE_CHECKPOINTS!r} only"
+            )
+        folder = (self.path / TRUNK_BESIDE_CHECKPOINTS).resolve()
         if not (folder / CONFIG_FILE).is_file():
             raise CheckpointError(
                 f"{self.path} holds what its run trained, and the trunk lies in {named}, which is not there; move the "

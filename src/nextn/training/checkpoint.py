@@ -41,7 +41,7 @@ from nextn.files import (
     write_tensors,
 )
 from nextn.mtp import MTPModel, save_model
-from nextn.mtp.store import TRUNK_FOLDER, ModelFolder, load_state, read_state, save_trunk
+from nextn.mtp.store import TRUNK_BESIDE_CHECKPOINTS, TRUNK_FOLDER, ModelFolder, load_state, read_state, save_trunk
 from nextn.tables import flattened, from_table, to_table
 from nextn.training.optimizer import TrainingOptimizer
 
@@ -165,7 +165,7 @@ def save_checkpoint(
     leaves = dict(_leaves(tables))
     tensors = {name: value for name, value in leaves.items() if isinstance(value, Tensor)}
     with atomic_folder(path) as folder:
-        save_model(state.model, folder, trunk=None if state.trains_trunk else f"../../{TRUNK_FOLDER}")
+        save_model(state.model, folder, trunk=None if state.trains_trunk else TRUNK_BESIDE_CHECKPOINTS)
         write_json(folder / "recipe.json", recipe)
         write_json(folder / "provenance.json", provenance)
         (folder / STATE_FILE).parent.mkdir()
