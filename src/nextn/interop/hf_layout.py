@@ -72,6 +72,8 @@ class TransformersLayout(Layout):
             raise CheckpointError(f"{folder}: transformers cannot save {trunk.name}: {error}") from None
         except OSError as error:
             raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
+        for path in folder.glob("*.safetensors"):
+            path.chmod(0o644)  # safetensors writes for its owner alone; servers run as others
         added = self._unread(trunk, folder)
         if with_modules:
             added |= self._module_tensors(model)

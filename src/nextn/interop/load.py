@@ -65,7 +65,7 @@ def load_with_transformers(path: str | Path | ModelFolder, device: str = "cpu", 
     """The same with transformers' trunk whatever the family, DeepSeek-V3 too, and without LoRA factors."""
     torch_dtype, target = resolve_dtype(dtype), resolve_device(device)
     folder = path if isinstance(path, ModelFolder) else ModelFolder.open(path)
-    where, table = folder.path, folder.table
+    where, table, _ = folder.path, folder.table, folder.files  # pickles are refused before any settings are read
     if "model_type" not in table:
         raise CheckpointError(f"{where / CONFIG_FILE} names no model_type, so nobody knows what these tensors are")
     if table.get("quantization_config") is not None:

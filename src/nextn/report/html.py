@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from nextn import files
 from nextn.config import Recipe
 from nextn.evaluation.results import DecodingArm, Sample
 from nextn.report.schema import RunReport
-from nextn.tables import flattened
+from nextn.tables import flattened, hints_of, key_of
 from nextn.wording import TIMES, count, duration, fixed, percent, plain, plural, visible
 
 # Depth 0 is drawn in ink. Depths 1..n take colours along these ramps, in which hue and lightness both change, so that
@@ -149,8 +148,8 @@ def key_figures(report: RunReport) -> list[KeyFigure]:
 
 def settings_rows(table: Mapping[str, Any], kind: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """(name, value, meaning) of every setting; the meaning comes from the settings class, empty for a key it lacks."""
-    hints = typing.get_type_hints(kind)
-    meanings = {field.name: field.metadata.get("doc", "") for field in dataclasses.fields(kind)}
+    hints = hints_of(kind)
+    meanings = {key_of(field.name): field.metadata.get("doc", "") for field in dataclasses.fields(kind)}
     for key, value in table.items():
         hint = hints.get(key)
         if isinstance(value, Mapping) and dataclasses.is_dataclass(hint):

@@ -21,7 +21,7 @@ from nextn.errors import DeviceError
 from nextn.files import write_text
 from nextn.model.device import resolve_device
 from nextn.mtp import MTPModel
-from nextn.mtp.cost import model_cost, weightless_model
+from nextn.mtp.cost import model_cost, step_flops, weightless_model
 from nextn.objective import Progress, depth_weights, stage_at
 from nextn.training import learning_rate_factor, resolve_precision
 
@@ -198,7 +198,9 @@ def _header(recipe: Recipe, run_folder: Path, model: MTPModel | None) -> Iterato
     yield "parameters", f"{cost.num_parameters:,}, of which MTP {cost.num_mtp_parameters:,}; vocabulary {vocab_size:,}"
     if num_trained != cost.num_parameters:
         yield "trained", f"{num_trained:,} parameters"
-    yield "MTP overhead", f"{cost.mtp_flops_overhead:.1%} more training FLOPs per token while all depths are on"
+    length, detach = recipe.data.sequence_length, recipe.objective.detach
+    overhead = step_flops(model, length, detach=detach) / step_flops(model, length, ()) - 1
+    yield "MTP overhead", f"{overhead:.1%} more training FLOPs per token while all depths are on"
 
 
 def _known_vocab_size(recipe: Recipe) -> int:
