@@ -14,8 +14,9 @@ from torch import Tensor
 
 from nextn.config import MTPConfig
 from nextn.decoding import Decoder, GenerationResult, generate, plain_reference
-from nextn.decoding.baselines import DraftModelDrafter, PromptLookupDrafter
-from nextn.decoding.draft import Drafts
+from nextn.decoding.drafters.draft_model import DraftModelDrafter
+from nextn.decoding.drafters.drafter import Drafts
+from nextn.decoding.drafters.prompt_lookup import PromptLookupDrafter
 from nextn.decoding.policy import AdaptiveLength
 from nextn.errors import GenerationError
 from nextn.mtp import MTPModel
@@ -140,7 +141,7 @@ class NeverRollsBack(DraftModelDrafter):
 
 
 class ForgetsToReset(DraftModelDrafter):
-    def begin(self, place: int, token_ids: Tensor, num_known: int) -> None:
+    def begin(self, slot: int, token_ids: Tensor, num_known: int) -> None:
         pass
 
 
@@ -160,22 +161,22 @@ def test_a_draft_models_stale_cache_is_caught_by_its_drafts(
     expected = decoded("model", **arguments)
     assert list(expected.token_ids) == [ends_of(text, 5) for text in plain_texts()]
     num_cycles = itertools.count()
-    monkeypatch.setattr("nextn.decoding.decoder.DraftModelDrafter", broken)
+    monkeypatch.setattr("nextn.decoding.drafters.factory.DraftModelDrafter", broken)
     wrong = decoded("model", **arguments)
     assert wrong.token_ids == expected.token_ids, "the text stays what it is"
     assert wrong.origins != expected.origins
 
 
 class IndexesTheRowBefore(PromptLookupDrafter):
-    def begin(self, place: int, token_ids: Tensor, num_known: int) -> None:
-        self._num_indexed[place] = 0
-        self._index(place, token_ids, num_known)
+    def begin(self, slot: int, token_ids: Tensor, num_known: int) -> None:
+        self._num_indexed[slot] = 0
+        self._index(slot, token_ids, num_known)
 
 
 def test_prompt_lookup_that_remembers_the_row_before_is_caught(monkeypatch: pytest.MonkeyPatch):
     arguments: dict[str, Any] = {"draft_length": 3, "eos_token_id": 5, "batch_size": 2}
     expected = decoded("prompt_lookup", **arguments)
-    monkeypatch.setattr("nextn.decoding.decoder.PromptLookupDrafter", IndexesTheRowBefore)
+    monkeypatch.setattr("nextn.decoding.drafters.factory.PromptLookupDrafter", IndexesTheRowBefore)
     wrong = decoded("prompt_lookup", **arguments)
     assert wrong.token_ids == expected.token_ids
     assert wrong.origins != expected.origins

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nextn.decoding import generate, plain_reference, single_cache
-from nextn.decoding.engine_drafts import DRAFTING, SINGLE_CACHE
+from nextn.decoding import generate, plain_reference
+from nextn.decoding.drafters import single_cache
+from nextn.decoding.drafters.engine_drafts import DRAFTING, SINGLE_CACHE
 from nextn.decoding.sampling import SamplingConfig
 from nextn.mtp import MTPModel
 

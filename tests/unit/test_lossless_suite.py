@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nextn.decoding import verify
-from nextn.decoding.batch import Batch
-from nextn.decoding.mtp_drafts import MTPDrafter
+from nextn.decoding.drafters.mtp import MTPDrafter
+from nextn.decoding.loop import BatchLoop
 from nextn.decoding.sampling import transform
 from nextn.decoding.verify import Verification
 from nextn.lossless import Check, Subject, bfloat16_divergence, lossless_checks, sampling
 from nextn.lossless.differences import differences, first_difference, text_check
-from nextn.lossless.sampling import WithoutResidual, chi_square_p_value, exact_law
+from nextn.lossless.sampling import WithoutResidual, chi_square_p_value, exact_distribution
 from nextn.model.cache import LayerCache
 from nextn.mtp import MTPModel
 
@@ -71,7 +71,7 @@ def test_a_model_without_mtp_is_verified_with_prompt_lookup():
 # ------------------------------------------------------------------------------------------------------------- defects
 
 exact_call, rejection_call = verify.Exact.__call__, verify.Rejection.__call__
-write, draft_depths, close = LayerCache.write, MTPDrafter._draft_depths, Batch._close
+write, draft_depths, close = LayerCache.write, MTPDrafter._draft_depths, BatchLoop._close
 
 
 def accept_everything(self, draft_ids, draft_probs, target_probs, num_drafted, uniforms=None) -> Verification:
@@ -103,10 +103,10 @@ def claim_another_law(self: MTPDrafter, *args, **kwargs):
     return ids, None if probs is None else torch.full_like(probs, 1 / probs.shape[-1]), confidence
 
 
-def close_without_moving(self: Batch, place: int) -> None:
+def close_without_moving(self: BatchLoop, slot: int) -> None:
     """The last row takes the place of one that ended, and leaves its cache behind."""
     copy_row, type(self._cache).copy_row = type(self._cache).copy_row, lambda *_: None
-    close(self, place)
+    close(self, slot)
     type(self._cache).copy_row = copy_row
 
 
@@ -116,7 +116,7 @@ DEFECTS: dict[str, tuple[type, str, Callable, set[str]]] = {
     "stale cache": (LayerCache, "write", write_once, {"no cache", "greedy", "rollback", "zero accept"}),
     "no residual": (verify.Rejection, "__call__", no_residual, {"sampling"}),
     "wrong draft law": (MTPDrafter, "_draft_depths", claim_another_law, {"sampling"}),
-    "rows moved without their cache": (Batch, "_close", close_without_moving, {"eos"}),
+    "rows moved without their cache": (BatchLoop, "_close", close_without_moving, {"eos"}),
 }
 
 
@@ -199,8 +199,8 @@ def test_texts_are_equal_up_to_the_first_difference(one: list[int], other: list[
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 
-def test_the_exact_law_is_a_law_and_its_first_token_that_of_one_forward(model: MTPModel):
-    law = exact_law(model, PROMPTS[0], 3)
+def test_the_exact_distribution_is_a_law_and_its_first_token_that_of_one_forward(model: MTPModel):
+    law = exact_distribution(model, PROMPTS[0], 3)
     assert sum(law.values()) == pytest.approx(1, abs=1e-5)
     assert len(law) == 4**3
     with torch.inference_mode():

@@ -14,8 +14,8 @@ from rich.text import Text
 import nextn
 from nextn.cli.console import interruptible, messages
 from nextn.decoding import Decoder, GenerationResult, SamplingConfig
-from nextn.decoding.decoder import PROMPT_LOOKUP
-from nextn.decoding.request import resolve_verifier
+from nextn.decoding.request import PROMPT_LOOKUP
+from nextn.decoding.resolve import resolve_verifier
 from nextn.decoding.vocabulary import DraftVocabulary
 from nextn.errors import GenerationError
 from nextn.evaluation.results import token_texts
