@@ -1,11 +1,9 @@
-"""`nextn.generate`: a `Decoder` for one call, and the slow reference beside it."""
+"""`nextn.generate`: a `Decoder` for one call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal
-
-import torch
 
 from nextn.decoding.decoder import Decoder
 from nextn.decoding.request import DraftLength, DraftSettings, Request
@@ -82,22 +80,3 @@ def generate(
     sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty)
     decoder = Decoder(model, draft=draft, batch_size=batch_size, weights="as_stored")
     return decoder.generate(prompts, Request(max_new_tokens, sampling, seed, eos_token_id, stop))
-
-
-@torch.inference_mode()
-def plain_reference(model: MTPModel, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
-    """Greedy decoding without any cache or draft: one whole forward per token. The slow reference; EOS is not special.
-
-    Args:
-        model: only its trunk is used; it should be in eval mode.
-        prompt_ids: at least one token.
-        max_new_tokens: tokens to add.
-
-    Returns:
-        The new tokens.
-    """
-    trunk, token_ids = model.trunk, list(prompt_ids)
-    for _ in range(max_new_tokens):
-        hidden = trunk.hidden_states(torch.tensor([token_ids], device=trunk.device))
-        token_ids.append(int(trunk.output_head(trunk.final_norm(hidden[:, -1])).argmax()))
-    return token_ids[len(prompt_ids) :]

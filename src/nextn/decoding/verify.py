@@ -5,8 +5,9 @@ accepts a prefix of the draft and adds one token from the target: a correction a
 drafts stay. Rows may have drafted fewer than N tokens (`num_drafted`); what stands beyond is ignored.
 
 Two verifiers are lossless: `Exact` emits token for token what greedy decoding emits, `Rejection` emits tokens whose
-distribution is that of plain sampling from the target. Two are not, and say so (`is_lossless`): `Threshold` and `Typical` keep the
-drafts that the target finds likely enough. `Verification.num_changed` counts those that a lossless rule would refuse.
+distribution is that of plain sampling from the target. Two are not, and say so (`is_lossless`): `Threshold` and
+`Typical` keep the drafts that the target finds likely enough. `Verification.num_changed` counts those that a lossless
+rule would refuse.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Verifier(Protocol):
 
     @property
     def is_lossless(self) -> bool:
-        """True iff the output (greedy) or its distribution (sampling) is that of plain decoding, whatever is drafted."""
+        """True iff the output (greedy) or its distribution (sampling) is that of plain decoding."""
         ...
 
     def __call__(

@@ -1,4 +1,4 @@
-"""The distribution of sampled text beside the trunk's exact probabilities, and a control that the same test must reject."""
+"""The distribution of sampled text beside the exact one, and a control that the same test must reject."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def check_sampling(subject: Subject, say: Callable[[str], None] = lambda _: None
     total = num_samples * len(prompts)
     passed = p_value >= SIGNIFICANCE
     finding = f"chi-square p = {p_value:.2g}"
-    compared = f"distribution of {draft_length + 1} sampled tokens (temperature {SAMPLING.temperature}, top-k {SAMPLING.top_k})"
+    how = f"temperature {SAMPLING.temperature}, top-k {SAMPLING.top_k}"
+    compared = f"distribution of {draft_length + 1} sampled tokens ({how})"
     evidence = {"p_value": p_value, "limit": SIGNIFICANCE, "prompts": prompts}
     yield Check(
         "sampling", f"{compared} with exact probabilities", total, passed, finding, () if passed else (evidence,)
@@ -129,7 +130,7 @@ def exact_distribution(model: MTPModel, prompt: list[int], num_new: int) -> dict
 
 
 def chi_square_p_value(distribution: dict[tuple[int, ...], float], samples: Sequence[tuple[int, ...]]) -> float:
-    """Probability of a fit as bad as this one or worse, if the samples follow the distribution: Pearson's chi-square test.
+    """Probability of a fit as bad as this one or worse, if the samples follow it: Pearson's chi-square test.
 
     Outcomes expected fewer than 5 times are pooled; one that the distribution excludes gives 0.
 
