@@ -37,6 +37,7 @@ def print_stream(decoder: Decoder, prompts: Sequence[str], request: Request) -> 
 
 
 def print_result(model: MTPModel, prompts: Sequence[str], result: GenerationResult, show_drafts: bool) -> None:
+    """Each prompt and its continuation; coloured by origin if drafts are to be shown."""
     console = Console(soft_wrap=True, highlight=False)
     for index, text in enumerate(prompts):
         if index:
@@ -58,6 +59,7 @@ def _coloured(model: MTPModel, result: GenerationResult, index: int) -> Text:
 
 
 def print_statistics(console: Console, result: GenerationResult, draft_length: DraftLength) -> None:
+    """What the colours mean, tokens per second and acceptance."""
     stats, num_new = result.stats, sum(map(len, result.token_ids))
     legend = Text("\ntrunk ")
     for depth in range(1, stats.draft_length + 1):
