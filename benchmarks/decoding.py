@@ -74,7 +74,7 @@ class Forward:
         self._trunk, self._num_tokens = model.trunk, num_tokens
         self._cache = model.trunk.new_cache(num_rows, 512)
         self._steps = Steps(model.trunk.device, compiled=True)
-        self._slots = self._steps.slots(torch.arange(512), context + num_tokens)
+        self._key_positions = self._steps.key_positions(torch.arange(512), context + num_tokens)
         self._ids = torch.randint(0, 1000, (num_rows, num_tokens), generator=torch.Generator().manual_seed(0))
         self._positions = torch.arange(context, context + num_tokens).expand(num_rows, -1).clone()
 
@@ -84,7 +84,7 @@ class Forward:
         times = []
         for _ in range(num_calls):
             started = time.perf_counter()
-            self._steps.run(self._run, (self._num_tokens,), self._ids, self._positions, self._slots)
+            self._steps.run(self._run, (self._num_tokens,), self._ids, self._positions, self._key_positions)
             times.append(1000 * (time.perf_counter() - started))
         return statistics.median(times)
 

@@ -13,7 +13,7 @@ from nextn.errors import NextnError
 
 if TYPE_CHECKING:
     from nextn.config import ModelConfig, MTPConfig, Recipe, load_recipe
-    from nextn.decoding import Decoder, GenerationResult, generate
+    from nextn.decoding import Decoder, DraftSettings, GenerationResult, Request, generate
     from nextn.interop.load import load
     from nextn.mtp import MTPModel, MTPOutput
 
@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Decoder",
+    "DraftSettings",
     "GenerationResult",
     "MTPConfig",
     "MTPModel",
@@ -28,6 +29,7 @@ __all__ = [
     "ModelConfig",
     "NextnError",
     "Recipe",
+    "Request",
     "generate",
     "load",
     "load_recipe",
@@ -35,12 +37,14 @@ __all__ = [
 
 _MODULES = {
     "Decoder": "nextn.decoding",
+    "DraftSettings": "nextn.decoding",
     "GenerationResult": "nextn.decoding",
     "MTPConfig": "nextn.config",
     "MTPModel": "nextn.mtp",
     "MTPOutput": "nextn.mtp",
     "ModelConfig": "nextn.config",
     "Recipe": "nextn.config",
+    "Request": "nextn.decoding",
     "generate": "nextn.decoding",
     "load": "nextn.interop.load",
     "load_recipe": "nextn.config",

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from nextn.cli.main import app
 from nextn.decoding import verify
-from nextn.decoding.mtp_drafts import MTPDrafter
+from nextn.decoding.drafters.mtp import MTPDrafter
 from nextn.errors import NextnError
 from nextn.lossless import sampling
 from nextn.model.cache import LayerCache

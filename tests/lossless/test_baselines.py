@@ -1,4 +1,4 @@
-"""Prompt lookup and a draft model decode losslessly: greedy texts, and the law of sampled ones, are the trunk's."""
+"""Prompt lookup and a draft model decode losslessly: greedily the trunk's text, sampled its distribution."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from torch import Tensor
 
 from nextn.config import MTPConfig
 from nextn.decoding import Decoder, GenerationResult, generate, plain_reference
-from nextn.decoding.baselines import DraftModelDrafter, PromptLookupDrafter
-from nextn.decoding.draft import Drafts
+from nextn.decoding.drafters.draft_model import DraftModelDrafter
+from nextn.decoding.drafters.drafter import Drafts
+from nextn.decoding.drafters.prompt_lookup import PromptLookupDrafter
 from nextn.decoding.policy import AdaptiveLength
 from nextn.errors import GenerationError
 from nextn.mtp import MTPModel
 
 from .conftest import TEXT, TINY, memorising_model
 from .test_batches import PROMPTS, ends_of, transformers_model
-from .test_rejection import CRITICAL, SETTINGS, chi_square_score, plain_law_of_model, without_residual
+from .test_rejection import CRITICAL, SETTINGS, chi_square_score, plain_distribution_of_model, without_residual
 
 REPEATING = [2 * TEXT[row, :12].tolist() for row in range(4)] + PROMPTS
 NUM_NEW = 20
@@ -84,7 +85,7 @@ def test_a_repetition_penalty_changes_plain_and_drafted_text_alike(name: str):
     assert decoded(name, draft_length=3, repetition_penalty=3.0, batch_size=3).token_ids == plain.token_ids
 
 
-def law_score(name: str, **arguments: Any) -> float:
+def distribution_score(name: str, **arguments: Any) -> float:
     prompt, num_new = 2 * TEXT[0, 4:16].tolist(), 4
     result = generate(
         target(),
@@ -97,13 +98,13 @@ def law_score(name: str, **arguments: Any) -> float:
         **arguments,
     )
     assert result.stats.num_accepted_tokens
-    return chi_square_score(plain_law_of_model(target(), prompt, num_new), list(result.token_ids))
+    return chi_square_score(plain_distribution_of_model(target(), prompt, num_new), list(result.token_ids))
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
-def test_sampled_text_has_the_law_of_plain_sampling(name: str):
-    assert law_score(name) < CRITICAL
-    assert law_score(name, verifier=without_residual) > CRITICAL
+def test_sampled_text_has_the_distribution_of_plain_sampling(name: str):
+    assert distribution_score(name) < CRITICAL
+    assert distribution_score(name, verifier=without_residual) > CRITICAL
 
 
 # ------------------------------------------------------------------------------------------------------ broken variants
@@ -112,7 +113,7 @@ def test_sampled_text_has_the_law_of_plain_sampling(name: str):
 @pytest.mark.parametrize(
     ("name", "drafter"), [("prompt_lookup", PromptLookupDrafter), ("model", DraftModelDrafter)], ids=DRAFTERS
 )
-def test_drafts_that_follow_another_law_than_they_say_are_caught(
+def test_drafts_that_follow_another_distribution_than_they_say_are_caught(
     name: str, drafter: type[PromptLookupDrafter | DraftModelDrafter], monkeypatch: pytest.MonkeyPatch
 ):
     """Broken: the drafts are what they are, and are said to be drawn from all tokens alike."""
@@ -124,14 +125,14 @@ def test_drafts_that_follow_another_law_than_they_say_are_caught(
         return Drafts(drafts.token_ids, probs, drafts.num_drafted)
 
     monkeypatch.setattr(drafter, "draft", claimed)
-    assert law_score(name) > CRITICAL
+    assert distribution_score(name) > CRITICAL
 
 
 def test_a_sampled_draft_may_be_called_certain(monkeypatch: pytest.MonkeyPatch):
-    """Whatever is drafted, verified as certain, leaves the target's law: only the acceptance is lower."""
+    """Whatever is drafted, verified as certain, leaves the target's distribution: only the acceptance is lower."""
     draft = DraftModelDrafter.draft
     monkeypatch.setattr(DraftModelDrafter, "draft", lambda self, *args: Drafts(draft(self, *args).token_ids))
-    assert law_score("model") < CRITICAL
+    assert distribution_score("model") < CRITICAL
 
 
 class NeverRollsBack(DraftModelDrafter):
@@ -140,7 +141,7 @@ class NeverRollsBack(DraftModelDrafter):
 
 
 class ForgetsToReset(DraftModelDrafter):
-    def begin(self, place: int, token_ids: Tensor, num_known: int) -> None:
+    def begin(self, slot: int, token_ids: Tensor, num_known: int) -> None:
         pass
 
 
@@ -160,22 +161,22 @@ def test_a_draft_models_stale_cache_is_caught_by_its_drafts(
     expected = decoded("model", **arguments)
     assert list(expected.token_ids) == [ends_of(text, 5) for text in plain_texts()]
     num_cycles = itertools.count()
-    monkeypatch.setattr("nextn.decoding.decoder.DraftModelDrafter", broken)
+    monkeypatch.setattr("nextn.decoding.drafters.factory.DraftModelDrafter", broken)
     wrong = decoded("model", **arguments)
     assert wrong.token_ids == expected.token_ids, "the text stays what it is"
     assert wrong.origins != expected.origins
 
 
 class IndexesTheRowBefore(PromptLookupDrafter):
-    def begin(self, place: int, token_ids: Tensor, num_known: int) -> None:
-        self._num_indexed[place] = 0
-        self._index(place, token_ids, num_known)
+    def begin(self, slot: int, token_ids: Tensor, num_known: int) -> None:
+        self._num_indexed[slot] = 0
+        self._index(slot, token_ids, num_known)
 
 
 def test_prompt_lookup_that_remembers_the_row_before_is_caught(monkeypatch: pytest.MonkeyPatch):
     arguments: dict[str, Any] = {"draft_length": 3, "eos_token_id": 5, "batch_size": 2}
     expected = decoded("prompt_lookup", **arguments)
-    monkeypatch.setattr("nextn.decoding.decoder.PromptLookupDrafter", IndexesTheRowBefore)
+    monkeypatch.setattr("nextn.decoding.drafters.factory.PromptLookupDrafter", IndexesTheRowBefore)
     wrong = decoded("prompt_lookup", **arguments)
     assert wrong.token_ids == expected.token_ids
     assert wrong.origins != expected.origins

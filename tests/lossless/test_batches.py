@@ -1,4 +1,4 @@
-"""What a row emits does not depend on the rows beside it, on who had its place before, or on how many are drafted."""
+"""What a row emits does not depend on the rows beside it, on who had its slot before, or on how many are drafted."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nextn.config import MTPConfig
 from nextn.data.tokenizers import ByteTokenizer
-from nextn.decoding import Decoder, GenerationResult, batch, generate, plain_reference
-from nextn.decoding.batch import Batch
-from nextn.decoding.mtp_drafts import MTPDrafter
+from nextn.decoding import Decoder, GenerationResult, generate, loop, plain_reference
+from nextn.decoding.drafters.mtp import MTPDrafter
+from nextn.decoding.drafters.single_cache import SingleCacheDrafter
+from nextn.decoding.loop import BatchLoop
 from nextn.decoding.policy import AdaptiveLength
-from nextn.decoding.single_cache import SingleCacheDrafter
 from nextn.decoding.vocabulary import DraftVocabulary
 from nextn.errors import GenerationError
 from nextn.interop.adapter import TransformersTrunk
@@ -99,7 +99,7 @@ def test_sampled_rows_have_their_own_random_numbers_whatever_is_beside_them(batc
 
 def test_random_numbers_counted_from_the_last_draft_are_caught(monkeypatch: pytest.MonkeyPatch):
     """Broken: which number decides a draft depends on how many the batch drafts, so on the other rows."""
-    monkeypatch.setattr(batch, "_of_verification", lambda uniforms, num_drafts: uniforms[:, -(num_drafts + 1) :])
+    monkeypatch.setattr(loop, "_of_verification", lambda uniforms, num_drafts: uniforms[:, -(num_drafts + 1) :])
     arguments = {"draft_length": 3, "temperature": 1.2}
     texts = [generate(model(), PROMPTS[:4], max_new_tokens=12, batch_size=size, **arguments) for size in (1, 4)]
     assert texts[0].token_ids != texts[1].token_ids
@@ -157,33 +157,33 @@ def byte_model() -> MTPModel:
 
 
 def forgets_to_reset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Broken: a drafter that takes the new row for the one that stood at its place before."""
-    monkeypatch.setattr(MTPDrafter, "begin", lambda self, place, token_ids, num_known: None)
+    """Broken: a drafter that takes the new row for the one that was in its slot before."""
+    monkeypatch.setattr(MTPDrafter, "begin", lambda self, slot, token_ids, num_known: None)
 
 
 def moves_no_trunk_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Broken: the row takes its place without what the trunk has read of it."""
+    """Broken: the row takes its slot without what the trunk has read of it."""
     monkeypatch.setattr(Cache, "copy_row", lambda self, source, target, num_tokens: None)
 
 
 def moves_no_drafter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Broken: the drafter is not told that a row goes on at another place."""
+    """Broken: the drafter is not told that a row goes on in another slot."""
     monkeypatch.setattr(MTPDrafter, "move", lambda self, source, target, num_tokens: None)
 
 
 def moves_one_token_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Broken: the last known token, which the trunk has not read yet, is left behind."""
 
-    def close(self: Batch, place: int) -> None:
+    def close(self: BatchLoop, slot: int) -> None:
         last = len(self._rows) - 1
         at = self._rows[last].num_known - 1
-        before = self._token_ids[place, at].clone()
-        original(self, place)
-        if place != last:
-            self._token_ids[place, at] = before
+        before = self._token_ids[slot, at].clone()
+        original(self, slot)
+        if slot != last:
+            self._token_ids[slot, at] = before
 
-    original = Batch._close
-    monkeypatch.setattr(Batch, "_close", close)
+    original = BatchLoop._close
+    monkeypatch.setattr(BatchLoop, "_close", close)
 
 
 LONG_PROMPTS = [TEXT[row, :length].tolist() for row, length in ((0, 20), (1, 25), (2, 22), (3, 30), (0, 24), (2, 27))]
@@ -313,7 +313,7 @@ def test_a_penalty_that_forgets_this_cycles_drafts_is_caught(monkeypatch: pytest
     def as_before_the_draft(seen: Tensor, draft_ids: Tensor) -> Tensor:
         return seen[:, None].expand(-1, draft_ids.shape[1] + 1, -1)
 
-    monkeypatch.setattr(batch, "seen_after", as_before_the_draft)
+    monkeypatch.setattr(loop, "seen_after", as_before_the_draft)
     assert decoded(3, draft_length=3, repetition_penalty=8.0).token_ids != plain.token_ids
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nextn.decoding import generate, plain_reference
-from nextn.decoding.draft import BatchTokens
-from nextn.decoding.mtp_drafts import MTPDrafter
+from nextn.decoding.drafters.drafter import BatchTokens
+from nextn.decoding.drafters.mtp import MTPDrafter
+from nextn.decoding.drafters.single_cache import SingleCacheDrafter
 from nextn.decoding.sampling import SamplingConfig, transform
-from nextn.decoding.single_cache import SingleCacheDrafter
 from nextn.model import Trunk
 from nextn.model.cache import LayerCache
 from nextn.mtp import MTPModel
@@ -138,9 +138,9 @@ def test_nothing_is_read_twice_that_need_not_be(monkeypatch: pytest.MonkeyPatch)
     prompt_read, first_cycle, later = lengths[:3], lengths[3:6], lengths[6:]
     assert prompt_read == [(1, 4), (2, 3), (3, 2)], "positions 0..4-k read tokens of the prompt alone"
     assert first_cycle == [(1, 3), (2, 3), (3, 3)], "one window for all depths"
-    ends = [place for place, origin in enumerate(result.origins[0]) if origin == 0]  # each cycle's own last token
+    ends = [position for position, origin in enumerate(result.origins[0]) if origin == 0]  # each cycle's own last token
     emitted = [end - start for start, end in pairwise(ends)]
-    cycles = [place for place, (depth, _) in enumerate(later) if depth == 1]
+    cycles = [position for position, (depth, _) in enumerate(later) if depth == 1]
     assert len(cycles) >= 5
     for count, start, end in zip(emitted, cycles, [*cycles[1:], len(later)], strict=False):
         read = later[start:end]  # the last cycles draft fewer than three tokens

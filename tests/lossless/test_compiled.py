@@ -26,7 +26,7 @@ def decoded(compiled: bool, draft_length: int, batch_size: int, **arguments: Any
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(("draft_length", "batch_size"), [(0, 1), (2, 1), (2, 2)])
 def test_compiled_steps_emit_what_eager_ones_do(draft_length: int, batch_size: int, temperature: float):
-    """Two places and three prompts: one place is idle in the end, and one is used twice."""
+    """Two slots and three prompts: one slot is idle in the end, and one is used twice."""
     arguments: dict[str, Any] = {"temperature": temperature, "eos_token_id": 5}
     eager = decoded(False, draft_length, batch_size, **arguments)
     compiled = decoded(True, draft_length, batch_size, **arguments)

@@ -1,16 +1,17 @@
-"""Drafting as the engines do changes acceptance and nothing else: the text, or its law, is that of plain decoding."""
+"""Drafting as the engines do changes acceptance and nothing else: text or distribution are those of plain decoding."""
 
 from __future__ import annotations
 
 import pytest
 
-from nextn.decoding import generate, plain_reference, single_cache
-from nextn.decoding.engine_drafts import DRAFTING, SINGLE_CACHE
+from nextn.decoding import generate, plain_reference
+from nextn.decoding.drafters import single_cache
+from nextn.decoding.drafters.engine_drafts import DRAFTING, SINGLE_CACHE
 from nextn.decoding.sampling import SamplingConfig
 from nextn.mtp import MTPModel
 
 from .conftest import TEXT, memorising_model
-from .test_rejection import CRITICAL, NUM_SAMPLES, SETTINGS, chi_square_score, plain_law_of_model
+from .test_rejection import CRITICAL, NUM_SAMPLES, SETTINGS, chi_square_score, plain_distribution_of_model
 
 PROMPTS = [TEXT[0, :5].tolist(), TEXT[1, :1].tolist(), TEXT[2, :9].tolist(), [3, 3, 3]]
 NUM_NEW = 30
@@ -39,21 +40,21 @@ def test_the_engines_drafts_are_not_those_of_training(half_trained: MTPModel):
     assert len({histogram(drafting) for drafting in ("as_trained", *SINGLE_CACHE)}) == 4
 
 
-def law_score(model: MTPModel, drafting: str) -> float:
+def distribution_score(model: MTPModel, drafting: str) -> float:
     prompt, num_new = TEXT[0, :6].tolist(), 4
     result = generate(
         model, [prompt] * NUM_SAMPLES, max_new_tokens=num_new, draft_length=2, drafting=drafting, **SETTINGS
     )
     assert all(result.stats.histogram), "every accepted length occurs"
-    return chi_square_score(plain_law_of_model(model, prompt, num_new), list(result.token_ids))
+    return chi_square_score(plain_distribution_of_model(model, prompt, num_new), list(result.token_ids))
 
 
 @pytest.mark.parametrize("drafting", SINGLE_CACHE)
-def test_sampled_text_has_the_law_of_plain_sampling(half_trained: MTPModel, drafting: str):
-    assert law_score(half_trained, drafting) < CRITICAL
+def test_sampled_text_has_the_distribution_of_plain_sampling(half_trained: MTPModel, drafting: str):
+    assert distribution_score(half_trained, drafting) < CRITICAL
 
 
 def test_a_greedy_draft_that_claims_to_be_sampled_is_caught(half_trained: MTPModel, monkeypatch: pytest.MonkeyPatch):
     """The distribution returned must be the one drafted from: one-hot, where the most likely token is drafted."""
     monkeypatch.setattr(single_cache, "GREEDY", SamplingConfig(**SETTINGS))
-    assert law_score(half_trained, "vllm") > CRITICAL
+    assert distribution_score(half_trained, "vllm") > CRITICAL

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nextn.decoding import generate, plain_reference
-from nextn.decoding.mtp_drafts import MTPDrafter
+from nextn.decoding.drafters.mtp import MTPDrafter
 from nextn.errors import GenerationError
 from nextn.model.cache import LayerCache
 from nextn.mtp import SCHEMES, MTPModel
@@ -111,10 +111,10 @@ def test_what_was_read_from_rejected_drafts_is_caught_in_a_cache(variant: str, b
 
 
 class ObservesLate(MTPDrafter):
-    """Broken: keeps the trunk's state of each position one place further on."""
+    """Broken: keeps the trunk's state of each position one position further on."""
 
-    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor, first_place: int = 0) -> None:
-        super().observe(hidden[:, :-1], normed[:, :-1], positions[:, 1:], first_place)
+    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor, first_slot: int = 0) -> None:
+        super().observe(hidden[:, :-1], normed[:, :-1], positions[:, 1:], first_slot)
 
 
 class ShiftsItsCache(MTPDrafter):

@@ -1,4 +1,4 @@
-"""Speculative sampling has the law of plain sampling: by exact enumeration and by a chi-square test."""
+"""Speculative sampling has the distribution of plain sampling: by exact enumeration and by a chi-square test."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ TARGET_3 = {  # by the first two tokens
 }
 
 
-def plain_law() -> dict[tuple[int, int, int], Fraction]:
+def plain_distribution() -> dict[tuple[int, int, int], Fraction]:
     """Probability of each three tokens under plain sampling from the target."""
     return {
         (x, y, z): TARGET_1[x] * TARGET_2[x][y] * TARGET_3[x, y][z] for x, y, z in itertools.product(range(3), repeat=3)
     }
 
 
-def speculative_law(verifier: Verifier) -> dict[tuple[int, int, int], Fraction]:
+def speculative_distribution(verifier: Verifier) -> dict[tuple[int, int, int], Fraction]:
     """The same when a cycle of two drafts comes first and plain sampling completes it: all paths, exact weights."""
     paths = list(itertools.product(range(3), range(3), range(CELLS), range(CELLS), range(CELLS)))
     as_row = [[float(value) for value in row] for row in (DRAFT_1, TARGET_1)]
@@ -61,7 +61,7 @@ def speculative_law(verifier: Verifier) -> dict[tuple[int, int, int], Fraction]:
     uniforms = (torch.tensor([path[2:] for path in paths], dtype=torch.float64) + 0.5) / CELLS
     result = verifier(draft_ids, draft_probs, target_probs, torch.full((len(paths),), 2), uniforms)
 
-    law = dict.fromkeys(itertools.product(range(3), repeat=3), Fraction(0))
+    distribution = dict.fromkeys(itertools.product(range(3), repeat=3), Fraction(0))
     outcomes = zip(paths, result.num_accepted.tolist(), result.next_ids.tolist(), strict=True)
     for (x, y, *_), num_accepted, next_id in outcomes:
         weight = DRAFT_1[x] * DRAFT_2[x][y] / CELLS**3
@@ -73,8 +73,8 @@ def speculative_law(verifier: Verifier) -> dict[tuple[int, int, int], Fraction]:
                 completion *= TARGET_2[a][b]
             if len(emitted) < 3:
                 completion *= TARGET_3[a, b][c]
-            law[a, b, c] += weight * completion
-    return law
+            distribution[a, b, c] += weight * completion
+    return distribution
 
 
 def without_residual(draft_ids, draft_probs, target_probs, num_drafted, uniforms) -> Verification:
@@ -95,8 +95,8 @@ def test_the_tables_exercise_acceptance_rejection_and_bonus():
     assert all((ratio * CELLS).denominator == 1 for ratio in ratios)
 
 
-def test_speculative_sampling_has_exactly_the_law_of_plain_sampling():
-    assert speculative_law(rejection) == plain_law()
+def test_speculative_sampling_has_exactly_the_distribution_of_plain_sampling():
+    assert speculative_distribution(rejection) == plain_distribution()
 
 
 @pytest.mark.parametrize(
@@ -104,10 +104,10 @@ def test_speculative_sampling_has_exactly_the_law_of_plain_sampling():
     [without_residual, accept_by_target_alone, Threshold(), Typical()],
     ids=["without_residual", "accept_by_target_alone", "threshold", "typical"],
 )
-def test_a_broken_or_lossy_verifier_does_not_have_the_law_of_plain_sampling(broken: Verifier):
-    law = speculative_law(broken)
-    assert sum(law.values()) == 1
-    assert law != plain_law()
+def test_a_broken_or_lossy_verifier_does_not_have_the_distribution_of_plain_sampling(broken: Verifier):
+    distribution = speculative_distribution(broken)
+    assert sum(distribution.values()) == 1
+    assert distribution != plain_distribution()
 
 
 NUM_SAMPLES = 700
@@ -117,27 +117,27 @@ CRITICAL = 3.1
 
 
 @torch.inference_mode()
-def plain_law_of_model(model: MTPModel, prompt: list[int], num_new: int) -> dict[tuple[int, ...], float]:
+def plain_distribution_of_model(model: MTPModel, prompt: list[int], num_new: int) -> dict[tuple[int, ...], float]:
     """Probability of every continuation under plain sampling, from uncached forwards."""
-    law = {(): 1.0}
+    distribution = {(): 1.0}
     for _ in range(num_new):
-        rows = torch.tensor([[*prompt, *tokens] for tokens in law])
+        rows = torch.tensor([[*prompt, *tokens] for tokens in distribution])
         probs = transform(model.trunk(rows)[:, -1], SamplingConfig(**SETTINGS)).tolist()
-        law = {
+        distribution = {
             (*tokens, token): weight * prob
-            for (tokens, weight), row in zip(law.items(), probs, strict=True)
+            for (tokens, weight), row in zip(distribution.items(), probs, strict=True)
             for token, prob in enumerate(row)
             if prob > 0
         }
-    return law
+    return distribution
 
 
-def chi_square_score(law: dict[tuple[int, ...], float], samples: list[tuple[int, ...]]) -> float:
+def chi_square_score(distribution: dict[tuple[int, ...], float], samples: list[tuple[int, ...]]) -> float:
     """Pearson's statistic as a standard normal number (Wilson and Hilferty 1931), cells of expectation < 5 pooled."""
-    observed = dict.fromkeys(law, 0)
+    observed = dict.fromkeys(distribution, 0)
     for sample in samples:
         observed[sample] = observed.get(sample, 0) + 1
-    expected = {outcome: len(samples) * law.get(outcome, 0.0) for outcome in observed}
+    expected = {outcome: len(samples) * distribution.get(outcome, 0.0) for outcome in observed}
     large = [outcome for outcome in observed if expected[outcome] >= 5]
     pairs = [(observed[outcome], expected[outcome]) for outcome in large]
     rest = len(samples) - np.sum(pairs, axis=0)
@@ -162,7 +162,7 @@ def test_sampled_speculative_text_passes_a_chi_square_test_against_plain_samplin
     prompts = [prompt] * NUM_SAMPLES
     result = generate(half_trained, prompts, max_new_tokens=num_new, draft_length=2, verifier=verifier, **SETTINGS)
     assert all(result.stats.histogram), "every accepted length occurs"
-    score = chi_square_score(plain_law_of_model(half_trained, prompt, num_new), list(result.token_ids))
+    score = chi_square_score(plain_distribution_of_model(half_trained, prompt, num_new), list(result.token_ids))
     assert (score < CRITICAL) == is_lossless, f"chi-square score {score:.1f}"
 
 
@@ -184,8 +184,8 @@ def test_sampling_at_a_tiny_temperature_is_greedy(half_trained: MTPModel):
 
 def test_plain_sampling_is_the_same_loop_without_drafts(half_trained: MTPModel):
     samples = generate(half_trained, [TEXT[0, :6].tolist()] * 800, max_new_tokens=2, draft_length=0, **SETTINGS)
-    law = plain_law_of_model(half_trained, TEXT[0, :6].tolist(), 2)
-    assert chi_square_score(law, list(samples.token_ids)) < CRITICAL
+    distribution = plain_distribution_of_model(half_trained, TEXT[0, :6].tolist(), 2)
+    assert chi_square_score(distribution, list(samples.token_ids)) < CRITICAL
 
 
 @torch.inference_mode()

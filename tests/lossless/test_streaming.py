@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from nextn.data.tokenizers import REPLACEMENT, ByteTokenizer, SavedTokenizer
 from nextn.decoding import Decoder, Piece
-from nextn.decoding.rows import Job, Row
+from nextn.decoding.row import Row, RowRequest
 from nextn.decoding.stopping import StopStrings
 from nextn.decoding.stream import _GrowingText
 from nextn.errors import GenerationError
@@ -65,7 +65,7 @@ def shown(tokenizer: Any, chunks: list[list[int]], stop: tuple[str, ...] = ()) -
     model = random_model(0)
     model.tokenizer = tokenizer
     rows = StopStrings(stop, tokenizer) if stop else None
-    row = Row(Job(0, [0], sum(map(len, chunks)), stop=None if rows is None else rows.new_row()), eos_token_id=None)
+    row = Row(RowRequest(0, [0], sum(map(len, chunks)), stop=None if rows is None else rows.new_row()))
     growing, pieces = _GrowingText(model, max((len(text) - 1 for text in stop), default=0)), []
     for chunk in chunks:
         row.emit(chunk, [0] * len(chunk))

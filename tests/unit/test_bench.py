@@ -21,7 +21,7 @@ from nextn.bench.request import BenchRequest, draft_lengths_of, numbers
 from nextn.bench.timing import Runner, Timed, measure_scenario, tokens_per_forward
 from nextn.bench.verdict import decide, summarise
 from nextn.decoding import GenerationResult
-from nextn.decoding.batch import Costs
+from nextn.decoding.loop import Costs
 from nextn.decoding.policy import Cycle, FixedLength
 from nextn.decoding.statistics import AcceptanceStatistics
 from nextn.errors import ConfigError, GenerationError, NextnError

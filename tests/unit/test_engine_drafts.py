@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nextn.config import MTPConfig
-from nextn.decoding import generate, single_cache
-from nextn.decoding.draft import BatchTokens, Drafts
-from nextn.decoding.engine_drafts import DRAFTING, SINGLE_CACHE
-from nextn.decoding.mtp_drafts import MTPDrafter
+from nextn.decoding import generate
+from nextn.decoding.drafters import single_cache
+from nextn.decoding.drafters.drafter import BatchTokens, Drafts
+from nextn.decoding.drafters.engine_drafts import DRAFTING, SINGLE_CACHE
+from nextn.decoding.drafters.mtp import MTPDrafter
+from nextn.decoding.drafters.single_cache import SingleCacheConvention, SingleCacheDrafter
 from nextn.decoding.sampling import SamplingConfig, transform
-from nextn.decoding.single_cache import SingleCacheConvention, SingleCacheDrafter
 from nextn.errors import GenerationError
 from nextn.mtp import MTPModel
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nextn.decoding import verify
-from nextn.decoding.batch import Batch
-from nextn.decoding.mtp_drafts import MTPDrafter
+from nextn.decoding.drafters.mtp import MTPDrafter
+from nextn.decoding.loop import BatchLoop
 from nextn.decoding.sampling import transform
 from nextn.decoding.verify import Verification
 from nextn.lossless import Check, Subject, bfloat16_divergence, lossless_checks, sampling
 from nextn.lossless.differences import differences, first_difference, text_check
-from nextn.lossless.sampling import WithoutResidual, chi_square_p_value, exact_law
+from nextn.lossless.sampling import WithoutResidual, chi_square_p_value, exact_distribution
 from nextn.model.cache import LayerCache
 from nextn.mtp import MTPModel
 
@@ -71,7 +71,7 @@ def test_a_model_without_mtp_is_verified_with_prompt_lookup():
 # ------------------------------------------------------------------------------------------------------------- defects
 
 exact_call, rejection_call = verify.Exact.__call__, verify.Rejection.__call__
-write, draft_depths, close = LayerCache.write, MTPDrafter._draft_depths, Batch._close
+write, draft_depths, close = LayerCache.write, MTPDrafter._draft_depths, BatchLoop._close
 
 
 def accept_everything(self, draft_ids, draft_probs, target_probs, num_drafted, uniforms=None) -> Verification:
@@ -97,16 +97,16 @@ def write_once(self: LayerCache, positions: Tensor, latent: Tensor) -> None:
     self.latent.scatter_(1, index, torch.where(old == 0, latent, old))
 
 
-def claim_another_law(self: MTPDrafter, *args, **kwargs):
+def claim_another_distribution(self: MTPDrafter, *args, **kwargs):
     """Drafts as before, and says that every token was equally likely."""
     ids, probs, confidence = draft_depths(self, *args, **kwargs)
     return ids, None if probs is None else torch.full_like(probs, 1 / probs.shape[-1]), confidence
 
 
-def close_without_moving(self: Batch, place: int) -> None:
+def close_without_moving(self: BatchLoop, slot: int) -> None:
     """The last row takes the place of one that ended, and leaves its cache behind."""
     copy_row, type(self._cache).copy_row = type(self._cache).copy_row, lambda *_: None
-    close(self, place)
+    close(self, slot)
     type(self._cache).copy_row = copy_row
 
 
@@ -115,8 +115,8 @@ DEFECTS: dict[str, tuple[type, str, Callable, set[str]]] = {
     "accepts nothing": (verify.Exact, "__call__", accept_nothing, {"full accept"}),
     "stale cache": (LayerCache, "write", write_once, {"no cache", "greedy", "rollback", "zero accept"}),
     "no residual": (verify.Rejection, "__call__", no_residual, {"sampling"}),
-    "wrong draft law": (MTPDrafter, "_draft_depths", claim_another_law, {"sampling"}),
-    "rows moved without their cache": (Batch, "_close", close_without_moving, {"eos"}),
+    "wrong draft distribution": (MTPDrafter, "_draft_depths", claim_another_distribution, {"sampling"}),
+    "rows moved without their cache": (BatchLoop, "_close", close_without_moving, {"eos"}),
 }
 
 
@@ -199,14 +199,14 @@ def test_texts_are_equal_up_to_the_first_difference(one: list[int], other: list[
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 
-def test_the_exact_law_is_a_law_and_its_first_token_that_of_one_forward(model: MTPModel):
-    law = exact_law(model, PROMPTS[0], 3)
-    assert sum(law.values()) == pytest.approx(1, abs=1e-5)
-    assert len(law) == 4**3
+def test_the_exact_distribution_sums_to_one_and_its_first_token_that_of_one_forward(model: MTPModel):
+    distribution = exact_distribution(model, PROMPTS[0], 3)
+    assert sum(distribution.values()) == pytest.approx(1, abs=1e-5)
+    assert len(distribution) == 4**3
     with torch.inference_mode():
         probs = transform(model.trunk(torch.tensor([PROMPTS[0]]))[0, -1], sampling.SAMPLING)
     first = torch.zeros(TINY.vocab_size)
-    for (token, *_), weight in law.items():
+    for (token, *_), weight in distribution.items():
         first[token] += weight
     torch.testing.assert_close(first, probs)
 
@@ -220,18 +220,18 @@ def throws(weights: list[float], num_samples: int, seed: int) -> list[tuple[int,
 
 def test_p_values_of_fair_throws_are_spread_evenly_and_those_of_loaded_dice_are_small():
     fair, loaded = [1 / 6] * 6, [0.12, 0.12, 0.16, 0.2, 0.2, 0.2]
-    law = {(face,): prob for face, prob in enumerate(fair)}
-    p_values = [chi_square_p_value(law, throws(fair, 600, seed)) for seed in range(200)]
+    distribution = {(face,): prob for face, prob in enumerate(fair)}
+    p_values = [chi_square_p_value(distribution, throws(fair, 600, seed)) for seed in range(200)]
     assert 0.4 < sum(p_values) / 200 < 0.6
     assert sum(p < 0.1 for p in p_values) / 200 == pytest.approx(0.1, abs=0.05)
-    assert chi_square_p_value(law, throws(loaded, 600, 0)) < 1e-4
+    assert chi_square_p_value(distribution, throws(loaded, 600, 0)) < 1e-4
 
 
 def test_rare_outcomes_are_pooled_and_impossible_ones_are_fatal():
-    law = {(0,): 0.5, (1,): 0.49} | {(rare,): 0.001 for rare in range(2, 12)}
+    distribution = {(0,): 0.5, (1,): 0.49} | {(rare,): 0.001 for rare in range(2, 12)}
     samples = [(0,)] * 100 + [(1,)] * 98 + [(7,)] * 2
-    assert chi_square_p_value(law, samples) > 0.9, "ten cells of expectation 0.2 are one of expectation 2"
-    assert chi_square_p_value(law, [*samples, (12,)]) == 0
+    assert chi_square_p_value(distribution, samples) > 0.9, "ten cells of expectation 0.2 are one of expectation 2"
+    assert chi_square_p_value(distribution, [*samples, (12,)]) == 0
     assert chi_square_p_value({(0,): 1.0}, [(0,)] * 5) == 1
 
 

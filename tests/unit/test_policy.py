@@ -17,15 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextn.decoding.policy import (
-    ADAPTIVE_LONGEST,
     AcceptanceEstimate,
     AdaptiveLength,
-    ConfidenceStop,
     Cycle,
     CycleCosts,
     FixedLength,
-    policy_of,
 )
+from nextn.decoding.resolve import ADAPTIVE_LONGEST, policy_of
 from nextn.decoding.statistics import AcceptanceStatistics
 from nextn.errors import GenerationError
 
@@ -300,12 +298,12 @@ def test_the_first_cycle_of_a_length_and_rare_slow_ones_do_not_count():
 def test_a_fixed_length_asks_for_the_same_whatever_happens():
     policy = FixedLength(2)
     policy.record(Cycle(2, (2,), (0,), 9.0, 9.0))
-    assert (policy.next_length(), policy.longest, policy.min_confidence) == (2, 2, None)
+    assert (policy.next_length(), policy.longest) == (2, 2)
 
 
 def test_the_settings_name_their_policies():
     assert policy_of(0, 0) == FixedLength(0)
-    assert policy_of(5, None, 0.4) == ConfidenceStop(5, 0.4)
+    assert policy_of(5, None, 0.4) == FixedLength(5)
     assert [policy_of("adaptive", allowed).longest for allowed in (None, 2, 99, 0)] == [
         ADAPTIVE_LONGEST, 2, ADAPTIVE_LONGEST, 0,
     ]  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextn.decoding.prompt_lookup import NgramIndex
+from nextn.decoding.drafters.prompt_lookup import NgramIndex
 from nextn.errors import GenerationError
 
 ROWS = st.lists(st.lists(st.integers(0, 2), max_size=8), max_size=6)
@@ -66,10 +66,10 @@ class FirstOccurrence(NgramIndex):
     """Broken: the first occurrence of an n-gram stays, where the most recent one should replace it."""
 
     def append(self, token_ids):
-        before = {size: dict(places) for size, places in self._places.items()}
+        before = {size: dict(places) for size, places in self._positions.items()}
         super().append(token_ids)
         for size, places in before.items():
-            self._places[size].update(places)
+            self._positions[size].update(places)
 
 
 class FindsItself(NgramIndex):
@@ -77,7 +77,7 @@ class FindsItself(NgramIndex):
 
     def append(self, token_ids):
         super().append(token_ids)
-        for size, places in self._places.items():
+        for size, places in self._positions.items():
             places[tuple(self._token_ids[-size:])] = len(self._token_ids)
 
 
@@ -86,7 +86,7 @@ class ShortestFirst(NgramIndex):
 
     def __init__(self):
         super().__init__()
-        self._places = dict(reversed(self._places.items()))
+        self._positions = dict(reversed(self._positions.items()))
 
 
 class ForgetsTheBorder(NgramIndex):
@@ -95,9 +95,9 @@ class ForgetsTheBorder(NgramIndex):
     def append(self, token_ids):
         alone = NgramIndex()
         alone.append(token_ids)
-        for size, places in alone._places.items():
+        for size, places in alone._positions.items():
             shifted = {ngram: place + len(self._token_ids) for ngram, place in places.items()}
-            self._places[size].update(shifted)
+            self._positions[size].update(shifted)
         self._token_ids += token_ids
 
 

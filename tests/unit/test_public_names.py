@@ -13,6 +13,7 @@ import nextn
 def test_public_names_are_these():
     assert nextn.__all__ == [
         "Decoder",
+        "DraftSettings",
         "GenerationResult",
         "MTPConfig",
         "MTPModel",
@@ -20,6 +21,7 @@ def test_public_names_are_these():
         "ModelConfig",
         "NextnError",
         "Recipe",
+        "Request",
         "generate",
         "load",
         "load_recipe",

@@ -8,7 +8,7 @@ import pytest
 from rich.color import ColorSystem
 from rich.style import Style
 
-from nextn.cli.generate import DEPTH_STYLES
+from nextn.cli.generate_output import DEPTH_STYLES
 from nextn.config import ModelConfig, Recipe, TrainingConfig
 from nextn.errors import CheckpointError, ConfigError
 from nextn.files import list_checkpoints, write_json

@@ -100,7 +100,6 @@ def test_temperature_zero_is_one_hot_and_the_limit_of_small_temperatures():
         {"top_p": 1.1},
         {"min_p": -0.1},
         {"min_p": 1.1},
-        {"seed": -1},
         {"repetition_penalty": 0.0},
         {"repetition_penalty": -1.5},
         {"repetition_penalty": math.nan},

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nextn.config import MTPConfig
-from nextn.decoding.request import resolve_draft_length
+from nextn.decoding.resolve import resolve_draft_length
 from nextn.errors import ConfigError
 from nextn.mtp import SCHEMES, MTPModel, check_scheme
 from nextn.mtp.shared_module import SharedModule

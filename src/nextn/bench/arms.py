@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nextn.decoding.decoder import PROMPT_LOOKUP, Decoder
-from nextn.decoding.request import USUAL_DRAFT_LENGTH, longest_draft, resolve_verifier
+from nextn.decoding.decoder import Decoder
+from nextn.decoding.request import PROMPT_LOOKUP
+from nextn.decoding.resolve import USUAL_DRAFT_LENGTH, longest_draft, resolve_verifier
 from nextn.decoding.sampling import SamplingConfig
 from nextn.model.prepared import prepared
 from nextn.mtp import MTPModel

@@ -10,9 +10,8 @@ from nextn.bench.arms import ADAPTIVE, Arm, DraftLength, arms_of
 from nextn.bench.figures import Scenario
 from nextn.bench.request import BenchRequest
 from nextn.config import EvaluationConfig
-from nextn.decoding.engine_drafts import AS_TRAINED, RECYCLED, usual_drafting
-from nextn.decoding.policy import policy_of
-from nextn.decoding.request import longest_draft, resolve_draft_length
+from nextn.decoding.drafters.engine_drafts import AS_TRAINED, RECYCLED, usual_drafting
+from nextn.decoding.resolve import longest_draft, policy_of, resolve_draft_length
 from nextn.errors import GenerationError
 from nextn.evaluation.prompts import CODE, HELD_OUT, STORY, USUAL_NEW_TOKENS, PromptSet, prompt_set
 from nextn.interop.load import load

@@ -10,7 +10,7 @@ from typing import TypeVar
 from nextn.bench.arms import ADAPTIVE, DraftLength
 from nextn.bench.peer_engines import check_peers
 from nextn.bench.peers import TRANSFORMERS
-from nextn.decoding.request import resolve_verifier
+from nextn.decoding.resolve import resolve_verifier
 from nextn.decoding.sampling import SamplingConfig
 from nextn.decoding.verify import VERIFIERS
 from nextn.errors import GenerationError

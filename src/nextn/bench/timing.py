@@ -114,7 +114,7 @@ class _Recorder:
 
     def __init__(self, policy: DraftPolicy):
         self._policy, self.cycles = policy, []  # type: DraftPolicy, list[Cycle]
-        self.longest, self.min_confidence = policy.longest, policy.min_confidence
+        self.longest = policy.longest
 
     def next_length(self) -> int:
         return self._policy.next_length()

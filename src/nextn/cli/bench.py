@@ -23,7 +23,7 @@ from nextn.bench.request import (
 from nextn.bench.run import run_bench
 from nextn.cli.bench_output import BenchProgress, print_report
 from nextn.cli.console import interruptible, messages, status
-from nextn.decoding.engine_drafts import DRAFTING
+from nextn.decoding.drafters.engine_drafts import DRAFTING
 from nextn.files import write_json
 from nextn.tables import to_table
 

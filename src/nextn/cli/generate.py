@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, cast
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 import nextn
 from nextn.cli.console import interruptible, messages
-from nextn.decoding import Decoder, GenerationResult, SamplingConfig
-from nextn.decoding.decoder import PROMPT_LOOKUP
-from nextn.decoding.request import resolve_verifier
+from nextn.cli.generate_output import print_changes, print_result, print_statistics, print_stream
+from nextn.decoding import Decoder, DraftSettings, Request, SamplingConfig
+from nextn.decoding.request import ADAPTIVE, PROMPT_LOOKUP, DraftLength
+from nextn.decoding.resolve import resolve_verifier
 from nextn.decoding.vocabulary import DraftVocabulary
 from nextn.errors import GenerationError
-from nextn.evaluation.results import token_texts
 from nextn.model.prepared import WEIGHT_FORMS, WeightForm
 from nextn.mtp import MTPModel
-
-DEPTH_STYLES = ("", "black on #6ad4f5", "black on #7fe58a", "black on #f5dd8a", "black on #ff9a70", "black on #e88af5")
-"""Colour of a token by its place in the draft: none for the trunk's own; places beyond the last take the last.
-
-Strong enough to stay five different colours where a terminal has sixteen.
-"""
-
-ADAPTIVE: Literal["adaptive"] = "adaptive"
-DraftLength = int | Literal["adaptive"] | None
 
 SAMPLING, DRAFTING, MACHINE = "Sampling", "Drafting and verification", "Machine"
 
@@ -153,44 +141,33 @@ def generate(
         messages().print("this model has no MTP depths: decoding plainly; --drafter prompt_lookup drafts without them")
     if weights == "int8":
         messages().print("int8: weights rounded to 8 bits are another model; its text is not the checkpoint's")
+    draft = DraftSettings(
+        drafter=_drafter(drafter, device, dtype),
+        length=length,
+        min_confidence=min_confidence,
+        vocabulary=None if draft_vocabulary is None else DraftVocabulary.load(draft_vocabulary),
+        verifier=rule,
+    )
     decoder = Decoder(
         model,
+        draft=draft,
         batch_size=batch_size,
-        draft_length=length,
-        drafter=_drafter(drafter, device, dtype),
-        min_confidence=min_confidence,
-        draft_vocabulary=None if draft_vocabulary is None else DraftVocabulary.load(draft_vocabulary),
-        verifier=rule,
         weights=cast(WeightForm, weights),
         compiled=compiled,
         say=messages().print,
     )
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "seed": seed,
-        "eos_token_id": None if ignore_eos else "auto",
-        "stop": stop or (),
-    }
+    request = Request(max_new_tokens, sampling, seed, None if ignore_eos else "auto", stop or ())
     if stream or (sys.stdout.isatty() and len(prompts) == 1 and rule.is_lossless and not show_drafts):
         with interruptible(messages(), "the text ends here"):
-            _print_stream(decoder, prompts, settings)
+            print_stream(decoder, prompts, request)
         return
     with interruptible(messages(), "nothing was printed; --stream prints what is decoded at once"):
-        result = decoder.generate(prompts, **settings)
-    _print_result(model, prompts, result, show_drafts)
+        result = decoder.generate(prompts, request)
+    print_result(model, prompts, result, show_drafts)
     if show_drafts:
-        _print_statistics(messages(), result, length)
+        print_statistics(messages(), result, length)
     if not rule.is_lossless:
-        num_new, lossless = sum(map(len, result.token_ids)), "exact" if sampling.is_greedy else "rejection"
-        messages().print(
-            f"verifier {rule.name!r} is lossy: {result.num_changed_tokens} of {num_new} new tokens "
-            f"({result.changed_share:.1%}) are drafts that {lossless!r} would have refused"
-        )
+        print_changes(messages(), result, rule, sampling.is_greedy)
 
 
 def _draft_length(text: str | None) -> DraftLength:
@@ -224,34 +201,6 @@ def _refuse_to_stream(show_drafts: bool, is_lossy: bool, interleaves: bool) -> N
             raise GenerationError(f"--stream prints one text as it grows, but {reason}; leave one of them out")
 
 
-def _print_stream(decoder: Decoder, prompts: Sequence[str], settings: Mapping[str, Any]) -> None:
-    """One text after the other, as they are decoded; the same characters as without streaming."""
-    print(prompts[0], end="", flush=True)
-    number = 0
-    try:
-        for piece in decoder.stream(prompts, **settings):
-            if piece.number != number:
-                number = piece.number
-                print()
-                Console().rule()
-                print(prompts[number], end="")
-            print(piece.text, end="", flush=True)
-    finally:
-        print()
-
-
-def _print_result(model: MTPModel, prompts: Sequence[str], result: GenerationResult, show_drafts: bool) -> None:
-    console = Console(soft_wrap=True, highlight=False)
-    for index, text in enumerate(prompts):
-        if index:
-            console.rule()
-        if show_drafts:
-            console.print(Text(text, style="dim"), end="")
-            console.print(_coloured(model, result, index))
-        else:  # as it is, tabs included: what is piped into a file must be the model's text
-            print(text + result.texts[index])
-
-
 def _standard_input() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8")
@@ -260,26 +209,3 @@ def _standard_input() -> str:
             f"standard input is not UTF-8 text (byte 0x{error.object[error.start]:02x} at offset {error.start}); "
             "-p - reads a text to continue"
         ) from None
-
-
-def _coloured(model: MTPModel, result: GenerationResult, index: int) -> Text:
-    assert model.tokenizer is not None, "texts were decoded with it"
-    tokens = (model.tokenizer.token_bytes(token_id) for token_id in result.token_ids[index])
-    text = Text()
-    for piece in token_texts(tokens, result.origins[index]):
-        text.append(piece.text, style=DEPTH_STYLES[min(piece.depth, len(DEPTH_STYLES) - 1)])
-    return text
-
-
-def _print_statistics(console: Console, result: GenerationResult, draft_length: DraftLength) -> None:
-    stats, num_new = result.stats, sum(map(len, result.token_ids))
-    legend = Text("\ntrunk ")
-    for place in range(1, stats.draft_length + 1):
-        legend.append(f" draft {place} ", style=DEPTH_STYLES[min(place, len(DEPTH_STYLES) - 1)])
-    console.print(legend)
-    at_most = "adaptive, at most " if draft_length == ADAPTIVE else ""
-    console.print(
-        f"{num_new} tokens, {result.num_trunk_forwards} trunk forwards, {result.decode_tok_per_s:.0f} tokens/s; "
-        f"N = {at_most}{stats.draft_length}: mean acceptance length {stats.mean_acceptance_length:.2f}, "
-        f"accepted {stats.num_accepted_tokens} of {stats.num_draft_tokens} drafted"
-    )

@@ -11,7 +11,7 @@ from rich.console import Console
 import nextn
 from nextn.cli.console import interruptible, messages, status
 from nextn.cli.output import VERDICTS, print_checks
-from nextn.decoding.decoder import PROMPT_LOOKUP
+from nextn.decoding.request import PROMPT_LOOKUP
 from nextn.evaluation.prompts import CODE, HELD_OUT, PromptSet, check_prompt_set, prompt_set
 from nextn.files import write_json
 from nextn.lossless import Check, Subject, bfloat16_divergence, lossless_checks

@@ -1,14 +1,14 @@
-"""`nextn.generate`: a `Decoder` for one call, and the slow reference beside it."""
+"""`nextn.generate`: a `Decoder` for one call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
-
 from nextn.decoding.decoder import Decoder
+from nextn.decoding.request import DraftLength, DraftSettings, Request
 from nextn.decoding.result import GenerationResult
+from nextn.decoding.sampling import SamplingConfig
 from nextn.decoding.verify import Verifier
 from nextn.decoding.vocabulary import DraftVocabulary
 from nextn.mtp.model import MTPModel
@@ -19,7 +19,7 @@ def generate(
     prompts: Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int = 128,
-    draft_length: int | Literal["adaptive"] | None = None,
+    draft_length: DraftLength = None,
     batch_size: int = 1,
     drafter: str | MTPModel = "mtp",
     drafting: str | None = None,
@@ -35,7 +35,7 @@ def generate(
     eos_token_id: int | Literal["auto"] | None = "auto",
     stop: Sequence[str] = (),
 ) -> GenerationResult:
-    """Continue each prompt, losslessly: the output (or its law) does not depend on what is drafted.
+    """Continue each prompt, losslessly: the output (or its distribution) does not depend on what is drafted.
 
     The random numbers of prompt number r depend on (its seed, r) only, whatever else is in the batch. Arithmetic rounds
     a forward of one token and one of several differently: in float32 greedy outputs are equal token for token, in
@@ -52,8 +52,8 @@ def generate(
         drafter: "mtp", "prompt_lookup", or another model with the same vocabulary.
         drafting: which tokens are drafted: "as_trained"; "recycled", one cache for a module that serves all depths; or
             as an engine would draft them (`engine_drafts`), to see what it loses or gains: "transformers", "vllm",
-            "llamacpp". It changes acceptance, never the output's law. None: recycled where one module serves all
-            depths, else as trained.
+            "llamacpp". It changes acceptance, never the output's distribution. None: recycled where one module
+            serves all depths, else as trained.
         min_confidence: end a draft when the product of its probabilities falls below this; None: draft N always.
         draft_vocabulary: the only tokens that are drafted; None: all.
         verifier: "exact", "rejection", a `Verifier`, or "auto": exact at temperature 0, rejection otherwise. These are
@@ -76,45 +76,7 @@ def generate(
             model; sampling settings are out of range or contradict the verifier.
         ValueError: `prompts` is a single string instead of a list.
     """
-    decoder = Decoder(
-        model,
-        batch_size=batch_size,
-        draft_length=draft_length,
-        drafter=drafter,
-        drafting=drafting,
-        min_confidence=min_confidence,
-        draft_vocabulary=draft_vocabulary,
-        verifier=verifier,
-        weights="as_stored",
-    )
-    return decoder.generate(
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        eos_token_id=eos_token_id,
-        stop=stop,
-    )
-
-
-@torch.inference_mode()
-def plain_reference(model: MTPModel, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
-    """Greedy decoding without any cache or draft: one whole forward per token. The slow reference; EOS is not special.
-
-    Args:
-        model: only its trunk is used; it should be in eval mode.
-        prompt_ids: at least one token.
-        max_new_tokens: tokens to add.
-
-    Returns:
-        The new tokens.
-    """
-    trunk, token_ids = model.trunk, list(prompt_ids)
-    for _ in range(max_new_tokens):
-        hidden = trunk.hidden_states(torch.tensor([token_ids], device=trunk.device))
-        token_ids.append(int(trunk.output_head(trunk.final_norm(hidden[:, -1])).argmax()))
-    return token_ids[len(prompt_ids) :]
+    draft = DraftSettings(drafter, drafting, draft_length, min_confidence, draft_vocabulary, verifier)
+    sampling = SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty)
+    decoder = Decoder(model, draft=draft, batch_size=batch_size, weights="as_stored")
+    return decoder.generate(prompts, Request(max_new_tokens, sampling, seed, eos_token_id, stop))

@@ -3,10 +3,10 @@
 Drafting N tokens pays when the tokens it adds are worth the seconds it takes. A cycle at draft length n gives each row
 AL(n) tokens and lasts T(n) seconds, so that a row runs at AL(n) / T(n) tokens per second. `AdaptiveLength` estimates
 both from the cycles that were run and takes the n where the ratio is highest; SmartSpec, arXiv 2406.14066, maximises
-the same quantity under the name of goodput. `ConfidenceStop` ends a draft when it has become unlikely that all of it
-stays, the idea of SpecDec++, arXiv 2405.19715, with the draft's own probabilities in place of a trained predictor.
+the same quantity under the name of goodput.
 
-A policy decides what is drafted, never what is accepted: it changes the speed, not the output (greedy) or its law.
+A policy decides what is drafted, never what is accepted: it changes the speed, not the output (greedy) or its
+distribution (sampling).
 
 Worked example, two depths with conditional acceptance 0.8 and 0.5, a forward of 10 ms and 2 ms per drafted token:
 
@@ -21,12 +21,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
-
-from nextn.errors import GenerationError
-
-ADAPTIVE_LONGEST = 5
-"""The most tokens `policy_of` lets an adaptive policy draft where the scheme itself sets no limit."""
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -64,11 +59,6 @@ class DraftPolicy(Protocol):
         """The most tokens it will ever ask for."""
         ...
 
-    @property
-    def min_confidence(self) -> float | None:
-        """Drafting ends when the product of every row's draft probabilities is below this; None: never before N."""
-        ...
-
     def next_length(self) -> int:
         """N for the next cycle, 0..longest; 0 is a plain step. Asking changes nothing."""
         ...
@@ -83,41 +73,9 @@ class FixedLength:
     """The same N in every cycle."""
 
     longest: int
-    min_confidence: ClassVar[None] = None
 
     def next_length(self) -> int:
         """N."""
-        return self.longest
-
-    def record(self, cycle: Cycle) -> None:
-        """Nothing is learnt."""
-
-
-@dataclass(frozen=True)
-class ConfidenceStop:
-    """Up to `longest` tokens; the engine ends the draft when every row has become doubtful.
-
-    Attributes:
-        longest: N, tokens of a draft that is never doubtful.
-        min_confidence: a row is doubtful when the product of the draft probabilities of its drafted tokens, the
-            estimated probability that all of them stay, has fallen below this; in (0, 1).
-
-    Raises:
-        GenerationError: `min_confidence` is not in (0, 1).
-    """
-
-    longest: int
-    min_confidence: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.min_confidence < 1:
-            raise GenerationError(
-                f"min_confidence must lie between 0 and 1, both excluded, got {self.min_confidence}; leave it out to "
-                "draft the same number of tokens always"
-            )
-
-    def next_length(self) -> int:
-        """N; the engine may stop before."""
         return self.longest
 
     def record(self, cycle: Cycle) -> None:
@@ -152,8 +110,6 @@ class AdaptiveLength:
     FIRST_LENGTH = 3
     FIRST_PROBE = 32
     LAST_PROBE = 1024
-
-    min_confidence: ClassVar[None] = None
 
     def __init__(self, longest: int):
         self.longest = longest
@@ -331,50 +287,3 @@ class CycleCosts:
 
 def _lower_quartile(values: Sequence[float]) -> float:
     return sorted(values)[(len(values) - 1) // 4]
-
-
-def policy_of(
-    draft_length: int | Literal["adaptive"], longest_allowed: int | None, min_confidence: float | None = None
-) -> DraftPolicy:
-    """The policy that a user's settings name.
-
-    Args:
-        draft_length: N, 0 is plain decoding; or "adaptive".
-        longest_allowed: the most tokens that can be drafted, 0 where nothing can draft ("adaptive" then is plain
-            decoding); None: any number.
-        min_confidence: end a draft of at most N tokens when it is doubtful (`ConfidenceStop`); None: never.
-
-    Raises:
-        GenerationError: the length is negative, too long or an unknown word; `min_confidence` is out of range, or given
-            where there is no draft of fixed length to end.
-
-    >>> policy_of(3, longest_allowed=None)
-    FixedLength(longest=3)
-    >>> policy_of(3, longest_allowed=4, min_confidence=0.4)
-    ConfidenceStop(longest=3, min_confidence=0.4)
-    >>> policy_of("adaptive", longest_allowed=2).longest
-    2
-    """
-    if isinstance(draft_length, str):
-        if draft_length != "adaptive":
-            raise GenerationError(f"draft_length must be a number or 'adaptive', got {draft_length!r}")
-        if min_confidence is not None:
-            raise GenerationError(
-                f"min_confidence = {min_confidence} ends drafts of a fixed length, but draft_length = 'adaptive' "
-                "chooses the length itself; leave one of them out"
-            )
-        return AdaptiveLength(ADAPTIVE_LONGEST if longest_allowed is None else min(ADAPTIVE_LONGEST, longest_allowed))
-    if draft_length < 0:
-        raise GenerationError(f"draft_length must be 0 (plain decoding) or more, got {draft_length}")
-    if longest_allowed is not None and draft_length > longest_allowed:
-        raise GenerationError(
-            f"draft_length = {draft_length}, but at most {longest_allowed} tokens can be drafted here; ask for "
-            f"{longest_allowed} or fewer"
-        )
-    if min_confidence is None:
-        return FixedLength(draft_length)
-    if draft_length == 0:
-        raise GenerationError(
-            f"min_confidence = {min_confidence} ends drafts, but draft_length = 0 drafts nothing; leave one of them out"
-        )
-    return ConfidenceStop(draft_length, min_confidence)

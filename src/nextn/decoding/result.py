@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nextn.decoding.batch import Costs
-from nextn.decoding.rows import FinishReason, Row
+from nextn.decoding.loop import Costs
+from nextn.decoding.row import FinishReason, Row
 from nextn.decoding.statistics import AcceptanceStatistics
 from nextn.mtp.model import MTPModel
 

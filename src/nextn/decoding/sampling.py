@@ -2,7 +2,7 @@
 
 Draft and target logits go through the same `transform`, so that verification compares like with like: speculative
 decoding is lossless with respect to the transformed target distribution. The repetition penalty makes that distribution
-depend on the tokens before it, drafts included: `seen_after` says which count at each verified place.
+depend on the tokens before it, drafts included: `seen_after` says which count at each verified position.
 
 Randomness is explicit: a uniform number per decision, drawn from a generator that belongs to one row alone, so that
 what a row emits does not depend on the batch it is decoded in.
@@ -30,7 +30,6 @@ class SamplingConfig:
         top_k: keep the k most likely tokens (ties with the k-th are kept too); None keeps all.
         top_p: keep the fewest most likely tokens whose probabilities sum to at least this; None keeps all.
         min_p: keep tokens at least this many times as likely as the most likely one; None keeps all.
-        seed: seed of the rows' random numbers.
         repetition_penalty: makes tokens seen before less likely (above 1) or more likely (below 1); 1 changes nothing;
             see `penalise`.
 
@@ -42,7 +41,6 @@ class SamplingConfig:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
-    seed: int = 0
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
@@ -54,8 +52,6 @@ class SamplingConfig:
             raise GenerationError(f"top_p must lie in (0, 1], got {self.top_p}; leave it out to keep all tokens")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise GenerationError(f"min_p must lie in [0, 1], got {self.min_p}; leave it out to keep all tokens")
-        if self.seed < 0:
-            raise GenerationError(f"seed must be 0 or more, got {self.seed}")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise GenerationError(
                 f"repetition_penalty must be a positive number, got {self.repetition_penalty}; 1 changes nothing"
@@ -95,9 +91,9 @@ def penalise(logits: Tensor, seen: Tensor, config: SamplingConfig) -> Tensor:
 
 
 def seen_after(seen: Tensor, draft_ids: Tensor) -> Tensor:
-    """Which tokens have been seen at each place of a verified draft.
+    """Which tokens have been seen at each position of a verified draft.
 
-    The target distribution at place j follows drafts 0..j-1, so these count as seen there, and draft j does not.
+    The target distribution at position j follows drafts 0..j-1, so these count as seen there, and draft j does not.
 
     Args:
         seen: tokens of prompt and output before the draft, bool [B, V].
@@ -111,10 +107,10 @@ def seen_after(seen: Tensor, draft_ids: Tensor) -> Tensor:
     >>> seen_after(torch.tensor([[False, False, False, True]]), torch.tensor([[0, 2]])).int().tolist()
     [[[0, 0, 0, 1], [1, 0, 0, 1], [1, 0, 1, 1]]]
     """
-    places = [seen]
-    for place in range(draft_ids.shape[1]):
-        places.append(places[-1].scatter(1, draft_ids[:, place : place + 1], True))
-    return torch.stack(places, dim=1)
+    at_positions = [seen]
+    for position in range(draft_ids.shape[1]):
+        at_positions.append(at_positions[-1].scatter(1, draft_ids[:, position : position + 1], True))
+    return torch.stack(at_positions, dim=1)
 
 
 def transform(logits: Tensor, config: SamplingConfig, seen: Tensor | None = None) -> Tensor:

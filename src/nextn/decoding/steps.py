@@ -3,8 +3,8 @@
 The eager step is the reference: compiled ones are the same functions through `torch.compile`, with CUDA graphs on a
 GPU. Layers of one kind are compiled once (`nested_compile_region`), so a deep trunk takes hardly longer to compile than
 a shallow one. What a step depends on besides its tensors is its key; under one key nothing changes but tensors' values
-and the number of cache slots looked at. So nothing needs to be checked from call to call: the checks alone would take a
-third of a small model's step.
+and the number of cached positions looked at. So nothing needs to be checked from call to call: the checks alone would
+take a third of a small model's step.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 P = ParamSpec("P")
 T = TypeVar("T")
 
-SLOT_MULTIPLE = {"cpu": 32, "cuda": 256}
-"""Cache slots looked at are rounded up to a multiple: for every number of slots a CUDA graph is recorded anew."""
+KEYS_MULTIPLE = {"cpu": 32, "cuda": 256}
+"""Cached positions looked at are rounded up to a multiple: for every number of them a CUDA graph is recorded anew."""
 
 
 class Steps:
@@ -42,7 +42,7 @@ class Steps:
 
         Args:
             step: a bound method.
-            key: all that the step depends on besides the values of its tensors and the length of `slots`.
+            key: all that the step depends on besides the values of its tensors and the length of `key_positions`.
             args, kwargs: its arguments.
         """
         if not self.compiled:
@@ -57,20 +57,20 @@ class Steps:
                 return cast(T, self._functions[full_key](*args, **kwargs))
         return cast(T, self._functions[full_key](*args, **kwargs))
 
-    def slots(self, all_slots: Tensor, num_keys: int) -> Tensor:
-        """The first cache slots, at least `num_keys`: rounded up, and marked as the dimension that varies.
+    def key_positions(self, all_positions: Tensor, num_keys: int) -> Tensor:
+        """The first cached positions, at least `num_keys`: rounded up, and marked as the dimension that varies.
 
         Args:
-            all_slots: 0..capacity-1, int64 [capacity].
-            num_keys: slots that hold something.
+            all_positions: 0..capacity-1, int64 [capacity].
+            num_keys: positions that hold something.
         """
         if not self.compiled:
-            return all_slots[:num_keys]
-        multiple = SLOT_MULTIPLE.get(self._device.type, 256)
-        slots = all_slots[: -(-num_keys // multiple) * multiple]
-        if len(slots) > 1:
-            torch._dynamo.maybe_mark_dynamic(slots, 0)
-        return slots
+            return all_positions[:num_keys]
+        multiple = KEYS_MULTIPLE.get(self._device.type, 256)
+        positions = all_positions[: -(-num_keys // multiple) * multiple]
+        if len(positions) > 1:
+            torch._dynamo.maybe_mark_dynamic(positions, 0)
+        return positions
 
     def _compile(self, step: Callable[..., Any]) -> Callable[..., Any]:
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}

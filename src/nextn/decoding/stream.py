@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nextn.data.tokenizers import REPLACEMENT
 from nextn.decoding.result import row_text
-from nextn.decoding.rows import FinishReason, Row
+from nextn.decoding.row import FinishReason, Row
 from nextn.mtp.model import MTPModel
 
 
@@ -34,7 +34,7 @@ class Piece:
 class TokenStream:
     """Pieces of text as they are decoded; `for piece in stream`, or `async for`, which leaves the event loop free.
 
-    `cancel` may be called from any thread or task: the rows end before the next cycle, and their places go to others.
+    `cancel` may be called from any thread or task: the rows end before the next cycle, and their slots go to others.
     """
 
     def __init__(self, cycles: Generator[list[Row], None, None], model: MTPModel, hold_back: int):
@@ -52,7 +52,7 @@ class TokenStream:
         else:
             self._cancelled.add(number)
         for row in list(self._rows.values()):
-            row.is_cancelled |= self._all_cancelled or row.job.number in self._cancelled
+            row.is_cancelled |= self._all_cancelled or row.request.number in self._cancelled
 
     def __iter__(self) -> Iterator[Piece]:
         return self
@@ -76,7 +76,7 @@ class TokenStream:
             yield piece
 
     def _take(self, row: Row) -> None:
-        number = row.job.number
+        number = row.request.number
         if number not in self._texts:
             self._rows[number] = row
             self._texts[number] = _GrowingText(self._model, self._hold_back)

@@ -2,11 +2,12 @@
 
 A cycle drafts N tokens; one trunk forward gives the target distribution at each of them and one further. A verifier
 accepts a prefix of the draft and adds one token from the target: a correction after a rejection, a bonus when all
-drafts stay. Rows may have drafted fewer than N tokens (`num_drafted`); what stands in the places beyond is ignored.
+drafts stay. Rows may have drafted fewer than N tokens (`num_drafted`); what stands beyond is ignored.
 
-Two verifiers are lossless: `Exact` emits token for token what greedy decoding emits, `Rejection` emits tokens whose law
-is that of plain sampling from the target. Two are not, and say so (`is_lossless`): `Threshold` and `Typical` keep the
-drafts that the target finds likely enough. `Verification.num_changed` counts those that a lossless rule would refuse.
+Two verifiers are lossless: `Exact` emits token for token what greedy decoding emits, `Rejection` emits tokens whose
+distribution is that of plain sampling from the target. Two are not, and say so (`is_lossless`): `Threshold` and
+`Typical` keep the drafts that the target finds likely enough. `Verification.num_changed` counts those that a lossless
+rule would refuse.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class Verification:
         num_accepted: length of the accepted prefix of the draft, int64 [B], 0..num_drafted.
         next_ids: the token after that prefix, int64 [B]: a correction, or the bonus when every draft was accepted.
         num_changed: accepted drafts that the lossless rule (exact when greedy, rejection when sampling), given the same
-            random numbers, would have refused at their place, int64 [B], 0..num_accepted; 0 for lossless verifiers.
-            A greedy cycle with 0 emits what greedy decoding emits. A sampled one may still follow another law, because
-            a lossy rule also refuses drafts that rejection keeps.
+            random numbers, would have refused at their position, int64 [B], 0..num_accepted; 0 for lossless verifiers.
+            A greedy cycle with 0 emits what greedy decoding emits. A sampled one may still follow another distribution,
+            because a lossy rule also refuses drafts that rejection keeps.
     """
 
     num_accepted: Tensor
@@ -42,6 +43,10 @@ class Verification:
 class Verifier(Protocol):
     """A rule that accepts a prefix of the draft and chooses the token after it."""
 
+    def __hash__(self) -> int:
+        """Compiled steps are kept by verifier."""
+        ...
+
     @property
     def name(self) -> str:
         """The name a user gives, a key of `VERIFIERS`."""
@@ -49,7 +54,7 @@ class Verifier(Protocol):
 
     @property
     def is_lossless(self) -> bool:
-        """True iff the output (greedy) or its law (sampling) is that of plain decoding, whatever is drafted."""
+        """True iff the output (greedy) or its distribution (sampling) is that of plain decoding."""
         ...
 
     def __call__(
@@ -66,7 +71,7 @@ class Verifier(Protocol):
             draft_ids: drafted tokens, int64 [B, N].
             draft_probs: the distributions they were drawn from, float32 [B, N, V]. None: each draft was certain,
                 probability 1 at its token.
-            target_probs: the target's distributions at the same places and one further, float32 [B, N+1, V].
+            target_probs: the target's distributions at the same positions and one further, float32 [B, N+1, V].
             num_drafted: how many drafts each row has, int64 [B], 0..N.
             uniforms: numbers in [0, 1), float64 [B, N+1]: column j < N decides draft j, the last one chooses the next
                 token. None when greedy.
@@ -82,7 +87,7 @@ class Exact:
     `uniforms` are not read.
 
     The target prefers 2, 0, 1 in turn; the draft is right once. The second row drafted one token only, so the match in
-    its second place does not count:
+    its second position does not count:
 
     >>> target_probs = torch.eye(3)[torch.tensor([[2, 0, 1], [2, 0, 1]])]
     >>> result = Exact()(torch.tensor([[2, 1], [2, 0]]), None, target_probs, torch.tensor([2, 1]))
@@ -110,7 +115,7 @@ class Exact:
 
 @dataclass(frozen=True)
 class Rejection:
-    """Speculative sampling, arXiv 2211.17192, algorithm 1: the emitted tokens follow the target's law exactly.
+    """Speculative sampling, arXiv 2211.17192, algorithm 1: the emitted tokens follow the target distribution exactly.
 
     Shapes as in `Verifier`; `uniforms` is required.
 
@@ -255,7 +260,7 @@ def _accepted_prefix(accepted: Tensor, num_drafted: Tensor) -> Tensor:
 
 
 def _is_within(length: Tensor, like: Tensor) -> Tensor:
-    """Whether each place comes before `length` [B], bool [B, N], for a `like` [B, N]."""
+    """Whether each position comes before `length` [B], bool [B, N], for a `like` [B, N]."""
     return torch.arange(like.shape[1], device=like.device) < length[:, None]
 
 
@@ -276,11 +281,11 @@ def _weights_after(
     target = target_probs[rows, num_accepted]
     if draft_ids.shape[1] == 0:
         return target
-    place = num_accepted.clamp(max=draft_ids.shape[1] - 1)
+    position = num_accepted.clamp(max=draft_ids.shape[1] - 1)
     if draft_probs is None:
-        residual = target.scatter(1, draft_ids[rows, place][:, None], 0.0)
+        residual = target.scatter(1, draft_ids[rows, position][:, None], 0.0)
     else:
-        residual = (target - draft_probs[rows, place]).clamp(min=0)
+        residual = (target - draft_probs[rows, position]).clamp(min=0)
     # Two distributions equal up to rounding may reject with a probability of rounding size and leave no residual.
     is_residual = (num_accepted < num_drafted) & (residual.sum(-1) > 0)
     return torch.where(is_residual[:, None], residual, target)

@@ -1,8 +1,8 @@
 """A draft vocabulary: drafts come from the most frequent tokens only, so that the draft head is a small product.
 
-Verification keeps the full vocabulary, so the output (or its law) stays what it is: a token outside is never drafted
-and costs acceptance alone. V is the full vocabulary, D the draft vocabulary; a *local* id 0..D-1 is a place in the
-latter.
+Verification keeps the full vocabulary, so the output (or its distribution) stays what it is: a token outside is never
+drafted and costs acceptance alone. V is the full vocabulary, D the draft vocabulary; a *local* id 0..D-1 is a position
+in the latter.
 """
 
 from __future__ import annotations

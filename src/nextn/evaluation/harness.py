@@ -18,7 +18,7 @@ import torch
 from nextn.data.text_marks import TextMarks
 from nextn.data.tokenizers import Tokenizer
 from nextn.decoding import generate
-from nextn.decoding.request import resolve_draft_length
+from nextn.decoding.resolve import resolve_draft_length
 from nextn.errors import ConfigError, DataError, GenerationError
 from nextn.mtp import MTPModel
 from nextn.objective import HeadInput, chunked_predictions

@@ -8,7 +8,7 @@
 | `full accept` | drafts that are all right are all accepted, and the texts are those of plain decoding |
 | `zero accept` | drafts that are all wrong are all refused, and the texts are those of plain decoding |
 | `rollback` | after random accepted lengths, cached trunk states are those recomputed from scratch |
-| `sampling` | sampled text has the law of the trunk: chi-square against exact probabilities |
+| `sampling` | sampled text has the distribution of the trunk: chi-square against exact probabilities |
 | `control` | the same test rejects a verifier without the residual; else it has no power, and nothing was shown |
 
 Greedy checks hold in float32 up to near ties (`differences.NEAR_TIE`), which are counted: a forward of one token and
@@ -19,7 +19,7 @@ subject       what is verified, and the outcome of a check
 differences   where two greedy texts differ, and whether the place is a near tie
 greedy        texts beside plain decoding, cached and not, ended at EOS; bfloat16
 scripted      drafts that are right as often as one wishes: their acceptance, and caches rolled back
-sampling      the law of sampled text, and the control
+sampling      the distribution of sampled text, and the control
 suite         all checks in turn
 """
 

@@ -1,4 +1,4 @@
-"""The law of sampled text beside the trunk's exact probabilities, and a control that the same test must reject."""
+"""The distribution of sampled text beside the exact one, and a control that the same test must reject."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nextn.mtp import MTPModel
 
 SAMPLING = SamplingConfig(temperature=1.5, top_k=4)
 NUM_LAWS, LAW_CONTEXT, LAW_DRAFTS, LAW_BATCH = 2, 32, 2, 32
-"""Prompts whose law is tested, tokens of each, N, and rows sampled at a time."""
+"""Prompts whose distribution is tested, tokens of each, N, and rows sampled at a time."""
 
 NUM_SAMPLES = (500, 1000, 2000, 4000)
 """Samples per prompt: the first number at which the control is rejected."""
@@ -51,19 +51,19 @@ class WithoutResidual:
 
 
 def check_sampling(subject: Subject, say: Callable[[str], None] = lambda _: None) -> Iterator[Check]:
-    """The law of the first tokens of sampled text beside the trunk's exact probabilities; then the control.
+    """The distribution of the first tokens of sampled text beside the trunk's exact probabilities; then the control.
 
     The prompts end where the trunk is least certain. Only the tokens that one cycle drafts, and the one before them,
     are looked at.
     """
     draft_length = min(LAW_DRAFTS, max(subject.draft_lengths))
     prompts = uncertain_prompts(subject, draft_length + 2)
-    laws = [exact_law(subject.model, prompt, draft_length + 1) for prompt in prompts]
+    distributions = [exact_distribution(subject.model, prompt, draft_length + 1) for prompt in prompts]
 
     def corrected_p_value(verifier: str | Verifier, num_samples: int, seed: int) -> float:
         decoder = subject.decoder(draft_length, LAW_BATCH, verifier)
         p_values = []
-        for prompt, law in zip(prompts, laws, strict=True):
+        for prompt, exact in zip(prompts, distributions, strict=True):
             result = decoder.generate(
                 [prompt] * num_samples,
                 max_new_tokens=draft_length + 2,
@@ -72,7 +72,7 @@ def check_sampling(subject: Subject, say: Callable[[str], None] = lambda _: None
                 seed=seed,
                 eos_token_id=None,
             )
-            p_values.append(chi_square_p_value(law, [ids[: draft_length + 1] for ids in result.token_ids]))
+            p_values.append(chi_square_p_value(exact, [ids[: draft_length + 1] for ids in result.token_ids]))
         return min(1.0, len(p_values) * min(p_values))
 
     for num_samples in NUM_SAMPLES:
@@ -85,7 +85,8 @@ def check_sampling(subject: Subject, say: Callable[[str], None] = lambda _: None
     total = num_samples * len(prompts)
     passed = p_value >= SIGNIFICANCE
     finding = f"chi-square p = {p_value:.2g}"
-    compared = f"law of {draft_length + 1} sampled tokens (temperature {SAMPLING.temperature}, top-k {SAMPLING.top_k})"
+    how = f"temperature {SAMPLING.temperature}, top-k {SAMPLING.top_k}"
+    compared = f"distribution of {draft_length + 1} sampled tokens ({how})"
     evidence = {"p_value": p_value, "limit": SIGNIFICANCE, "prompts": prompts}
     yield Check(
         "sampling", f"{compared} with exact probabilities", total, passed, finding, () if passed else (evidence,)
@@ -115,23 +116,23 @@ def uncertain_prompts(subject: Subject, num_new: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def exact_law(model: MTPModel, prompt: list[int], num_new: int) -> dict[tuple[int, ...], float]:
+def exact_distribution(model: MTPModel, prompt: list[int], num_new: int) -> dict[tuple[int, ...], float]:
     """Probability of every continuation by `num_new` tokens under plain sampling, from whole forwards."""
-    law: dict[tuple[int, ...], float] = {(): 1.0}
+    distribution: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(num_new):
-        probs = transform(logits_after(model.trunk, [[*prompt, *tokens] for tokens in law]), SAMPLING)
+        probs = transform(logits_after(model.trunk, [[*prompt, *tokens] for tokens in distribution]), SAMPLING)
         extended = {}
-        for row, (tokens, weight) in enumerate(law.items()):
+        for row, (tokens, weight) in enumerate(distribution.items()):
             for token in probs[row].nonzero()[:, 0].tolist():
                 extended[(*tokens, token)] = weight * float(probs[row, token])
-        law = extended
-    return law
+        distribution = extended
+    return distribution
 
 
-def chi_square_p_value(law: dict[tuple[int, ...], float], samples: Sequence[tuple[int, ...]]) -> float:
-    """Probability of a fit as bad as this one or worse, if the samples follow the law: Pearson's chi-square test.
+def chi_square_p_value(distribution: dict[tuple[int, ...], float], samples: Sequence[tuple[int, ...]]) -> float:
+    """Probability of a fit as bad as this one or worse, if the samples follow it: Pearson's chi-square test.
 
-    Outcomes expected fewer than 5 times are pooled; one that the law excludes gives 0.
+    Outcomes expected fewer than 5 times are pooled; one that the distribution excludes gives 0.
 
     Of 100 throws of a coin 60 are heads: the statistic is 4, with one degree of freedom:
 
@@ -139,10 +140,10 @@ def chi_square_p_value(law: dict[tuple[int, ...], float], samples: Sequence[tupl
     0.0455
     """
     observed = Counter(samples)
-    if observed.keys() - law.keys():
+    if observed.keys() - distribution.keys():
         return 0.0
     cells, rest = [], [0.0, 0.0]
-    for outcome, prob in law.items():
+    for outcome, prob in distribution.items():
         seen, expected = float(observed[outcome]), len(samples) * prob
         if expected >= 5:
             cells.append((seen, expected))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from nextn.decoding import SamplingConfig
-from nextn.decoding.batch import Batch, Rules
-from nextn.decoding.draft import BatchTokens, Drafts
+from nextn.decoding.drafters.drafter import BatchTokens, Drafts
+from nextn.decoding.loop import BatchLoop
 from nextn.decoding.policy import FixedLength
-from nextn.decoding.rows import Job, Row
+from nextn.decoding.row import Row, RowRequest
 from nextn.decoding.steps import Steps
 from nextn.decoding.verify import Exact
 from nextn.lossless.differences import differences, text_check
@@ -42,26 +42,28 @@ class Script:
         self.final_states: dict[int, Tensor] = {}
 
     def decode(self, batch_size: int, eos_token_id: int | None = None) -> list[Row]:
-        """All prompts, through `batch_size` places."""
+        """All prompts, through `batch_size` slots."""
         subject, trunk = self._subject, self._subject.model.trunk
         capacity = max(map(len, self._texts))
         self._states = torch.zeros(batch_size, capacity, trunk.hidden_size, device=trunk.device)
         self._numbers = [0] * batch_size
-        batch = Batch(trunk, self, batch_size, capacity, Steps(trunk.device, compiled=False))
-        jobs = [Job(number, prompt, subject.max_new_tokens) for number, prompt in enumerate(subject.prompts)]
-        rules = Rules(SamplingConfig(), Exact(), eos_token_id)
+        loop = BatchLoop(trunk, self, batch_size, capacity, Steps(trunk.device, compiled=False))
+        requests = [
+            RowRequest(number, prompt, subject.max_new_tokens, eos_token_id=eos_token_id)
+            for number, prompt in enumerate(subject.prompts)
+        ]
         rows: dict[int, Row] = {}
-        for changed in batch.decode(iter(jobs), FixedLength(self._draft_length), rules):
-            rows |= {row.job.number: row for row in changed}
-        return [rows[number] for number in range(len(jobs))]
+        for changed in loop.decode(iter(requests), FixedLength(self._draft_length), SamplingConfig(), Exact()):
+            rows |= {row.request.number: row for row in changed}
+        return [rows[number] for number in range(len(requests))]
 
-    def begin(self, place: int, token_ids: Tensor, num_known: int) -> None:
+    def begin(self, slot: int, token_ids: Tensor, num_known: int) -> None:
         """See `Drafter`; which prompt it is shows in its tokens."""
-        self._numbers[place] = self._subject.prompts.index(token_ids[:num_known].tolist())
+        self._numbers[slot] = self._subject.prompts.index(token_ids[:num_known].tolist())
 
-    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor, first_place: int = 0) -> None:
+    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor, first_slot: int = 0) -> None:
         """See `Drafter`."""
-        states = self._states[first_place : first_place + positions.shape[0]]
+        states = self._states[first_slot : first_slot + positions.shape[0]]
         states.scatter_(1, positions[..., None].expand_as(hidden), hidden)
 
     def draft(
@@ -70,16 +72,16 @@ class Script:
         """See `Drafter`."""
         vocab_size = self._subject.model.trunk.vocab_size
         rows = []
-        for place, known in enumerate(tokens.num_known):
-            text, num_right = self._texts[self._numbers[place]], self._num_right()
+        for slot, known in enumerate(tokens.num_known):
+            text, num_right = self._texts[self._numbers[slot]], self._num_right()
             coming = [*text[known : known + num_draft_tokens], *[0] * num_draft_tokens][:num_draft_tokens]
             rows.append([(token + (step >= num_right)) % vocab_size for step, token in enumerate(coming)])
         return Drafts(torch.tensor(rows, device=tokens.token_ids.device))
 
     def roll_back(self, num_final: Sequence[int]) -> None:
         """See `Drafter`."""
-        for place, final in enumerate(num_final):
-            self.final_states[self._numbers[place]] = self._states[place, :final].clone()
+        for slot, final in enumerate(num_final):
+            self.final_states[self._numbers[slot]] = self._states[slot, :final].clone()
 
     def move(self, source: int, target: int, num_tokens: int) -> None:
         """See `Drafter`."""

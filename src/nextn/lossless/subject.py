@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nextn.decoding import Decoder, GenerationResult
-from nextn.decoding.decoder import PROMPT_LOOKUP
-from nextn.decoding.request import longest_draft
+from nextn.decoding.request import PROMPT_LOOKUP
+from nextn.decoding.resolve import longest_draft
 from nextn.decoding.verify import Verifier
 from nextn.mtp import MTPModel
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from nextn.config import EvaluationConfig, Recipe
 from nextn.data import Batch, validation_rows
 from nextn.decoding import AcceptanceStatistics, GenerationResult, generate
-from nextn.decoding.request import USUAL_DRAFT_LENGTH
+from nextn.decoding.resolve import USUAL_DRAFT_LENGTH
 from nextn.errors import ConfigError
 from nextn.evaluation.free_running import ARM_TEMPERATURES, held_out_prompts
 from nextn.evaluation.interleaving import rotated

@@ -20,31 +20,17 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nextn.alignment import embedded_positions, num_final_positions
-from nextn.decoding.draft import PROMPT_CHUNK, BatchTokens, Drafts
+from nextn.decoding.drafters.drafter import PROMPT_CHUNK, BatchTokens, Drafts
+from nextn.decoding.request import DraftSettings
 from nextn.decoding.sampling import SamplingConfig, choose, penalise, seen_after, transform
 from nextn.decoding.steps import Steps
-from nextn.decoding.vocabulary import DraftVocabulary
 from nextn.model import Trunk
 from nextn.mtp.scheme import Scheme
-
-
-@dataclass(frozen=True)
-class DraftOptions:
-    """How the MTP depths draft.
-
-    Attributes:
-        min_confidence: drafting of a row ends when the product of its drafts' probabilities falls below; None: never.
-        vocabulary: the only tokens that are drafted; None: all.
-    """
-
-    min_confidence: float | None = None
-    vocabulary: DraftVocabulary | None = field(default=None, repr=False)
 
 
 class DraftHeads:
@@ -54,14 +40,14 @@ class DraftHeads:
         trunk: the model whose head depths may share.
         scheme: the MTP depths.
         num_depths: how many have a head.
-        options: confidence stop and draft vocabulary.
+        settings: confidence stop and draft vocabulary.
     """
 
-    def __init__(self, trunk: Trunk, scheme: Scheme, num_depths: int, options: DraftOptions):
-        self._options = options
+    def __init__(self, trunk: Trunk, scheme: Scheme, num_depths: int, settings: DraftSettings):
+        self._settings = settings
         self._heads = [scheme.head(trunk, depth) for depth in range(1, num_depths + 1)]
-        if options.vocabulary is not None:
-            reduced = {head: options.vocabulary.reduced_head(head) for head in self._heads}
+        if settings.vocabulary is not None:
+            reduced = {head: settings.vocabulary.reduced_head(head) for head in self._heads}
             self._heads = [reduced[head] for head in self._heads]
 
     def choose(
@@ -85,7 +71,7 @@ class DraftHeads:
             Drafts int64 [B]; their distributions float32 [B, V], None when greedy; the drafts' probabilities [B], None
             unless a draft may stop for them.
         """
-        vocabulary = self._options.vocabulary
+        vocabulary = self._settings.vocabulary
         if vocabulary is not None and seen is not None:
             seen = seen[:, vocabulary.ids]
         logits = self._heads[depth - 1](head_input)
@@ -95,7 +81,7 @@ class DraftHeads:
         else:
             chosen = choose(probs, uniforms)
         confidence = None
-        if self._options.min_confidence is not None:
+        if self._settings.min_confidence is not None:
             shares = logits.float().softmax(-1) if probs is None else probs
             confidence = shares.gather(1, chosen[:, None])[:, 0]
         if vocabulary is not None:
@@ -118,7 +104,7 @@ class MTPDrafter:
         capacity: most tokens a row may hold, drafts included.
         draft_length: N, most tokens drafted in a cycle, at most the scheme's `max_draft_length`.
         steps: eager, unless compiled ones are given.
-        options: confidence stop and draft vocabulary.
+        settings: confidence stop and draft vocabulary.
     """
 
     def __init__(
@@ -129,30 +115,30 @@ class MTPDrafter:
         capacity: int,
         draft_length: int,
         steps: Steps | None = None,
-        options: DraftOptions | None = None,
+        settings: DraftSettings | None = None,
     ):
         self._trunk, self._scheme, self._draft_length = trunk, scheme, draft_length
         self._steps = steps or Steps(trunk.device, compiled=False)
-        self._options = options or DraftOptions()
+        self._settings = settings or DraftSettings()
         self._cache = scheme.new_cache(trunk, num_rows, capacity, draft_length)
-        self._slots = torch.arange(capacity, device=trunk.device)
-        dtype = trunk.embed(self._slots[:1]).dtype
+        self._positions = torch.arange(capacity, device=trunk.device)
+        dtype = trunk.embed(self._positions[:1]).dtype
         shape = (num_rows, capacity, trunk.hidden_size)
         # states[k][b, j] is h[k][j] of row b, which depth k+1 reads.
         self._states = [torch.zeros(shape, dtype=dtype, device=trunk.device) for _ in range(draft_length)]
         # num_read[k][b]: depth k has read positions 0..num_read-1 of row b, from tokens that are final.
         self._num_read = {depth: [0] * num_rows for depth in range(1, draft_length + 1)}
-        self._heads = DraftHeads(trunk, scheme, draft_length, self._options)
+        self._heads = DraftHeads(trunk, scheme, draft_length, self._settings)
 
-    def begin(self, place: int, token_ids: Tensor, num_known: int) -> None:
+    def begin(self, slot: int, token_ids: Tensor, num_known: int) -> None:
         """See `Drafter`; every depth reads the row's final positions."""
         for num_read in self._num_read.values():
-            num_read[place] = 0
-        self._catch_up(place, token_ids, num_known)
+            num_read[slot] = 0
+        self._catch_up(slot, token_ids, num_known)
 
-    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor, first_place: int = 0) -> None:
+    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor, first_slot: int = 0) -> None:
         """See `Drafter`."""
-        self._store(0, first_place, positions, self._scheme.trunk_state(hidden, normed))
+        self._store(0, first_slot, positions, self._scheme.trunk_state(hidden, normed))
 
     def draft(
         self, tokens: BatchTokens, num_draft_tokens: int, sampling: SamplingConfig, uniforms: Tensor | None
@@ -164,23 +150,23 @@ class MTPDrafter:
         window = self._longest_unread(ends, depths)
         most = num_draft_tokens + 1 if self._steps.compiled else self._draft_length + 1
         if window > most:  # a row begun without its prompt, or depths that were not asked for for some time
-            for place, known in enumerate(tokens.num_known):
-                self._catch_up(place, tokens.token_ids[place], known)
+            for slot, known in enumerate(tokens.num_known):
+                self._catch_up(slot, tokens.token_ids[slot], known)
             window = self._longest_unread(ends, depths)
         if self._steps.compiled:
             window = most
-        slots = self._steps.slots(self._slots, max(ends))
-        runs = [depths] if self._options.min_confidence is None else [range(depth, depth + 1) for depth in depths]
+        key_positions = self._steps.key_positions(self._positions, max(ends))
+        runs = [depths] if self._settings.min_confidence is None else [range(depth, depth + 1) for depth in depths]
         parts: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
         confidence, counts = [1.0] * len(ends), [0] * len(ends)
         for run in runs:
             parts.append(
                 self._steps.run(
                     self._draft_depths,
-                    (run, window, len(ends), len(self._slots), sampling),
+                    (run, window, len(ends), len(self._positions), sampling),
                     tokens.token_ids,
                     tokens.known_and_total,
-                    slots,
+                    key_positions,
                     tokens.seen,
                     None if uniforms is None else uniforms[:, run.start - 1 : run.stop - 1],
                     run,
@@ -190,12 +176,12 @@ class MTPDrafter:
             )
             for depth in run:
                 self._num_read[depth][: len(ends)] = ends
-            if (least := self._options.min_confidence) is not None:
+            if (least := self._settings.min_confidence) is not None:
                 latest = parts[-1][2]
                 assert latest is not None, "it was asked for"
-                for place, share in enumerate(latest.tolist()):
-                    counts[place] += confidence[place] >= least
-                    confidence[place] *= share
+                for slot, share in enumerate(latest.tolist()):
+                    counts[slot] += confidence[slot] >= least
+                    confidence[slot] *= share
                 if max(confidence) < least:
                     break
         ids = torch.cat([part[0] for part in parts], dim=1)
@@ -203,14 +189,14 @@ class MTPDrafter:
         return Drafts(
             ids,
             torch.cat(probs, dim=1) if probs else None,
-            None if self._options.min_confidence is None else counts,
+            None if self._settings.min_confidence is None else counts,
         )
 
     def roll_back(self, num_final: Sequence[int]) -> None:
         """See `Drafter`."""
         for depth, num_read in self._num_read.items():
-            for place, final in enumerate(num_final):
-                num_read[place] = min(num_read[place], num_final_positions(final, depth))
+            for slot, final in enumerate(num_final):
+                num_read[slot] = min(num_read[slot], num_final_positions(final, depth))
 
     def move(self, source: int, target: int, num_tokens: int) -> None:
         """See `Drafter`."""
@@ -224,7 +210,7 @@ class MTPDrafter:
         self,
         token_ids: Tensor,
         known_and_total: Tensor,
-        slots: Tensor,
+        key_positions: Tensor,
         seen: Tensor | None,
         uniforms: Tensor | None,
         depths: range,
@@ -237,28 +223,28 @@ class MTPDrafter:
         unless a draft may stop for it.
         """
         num_rows = token_ids.shape[0]
-        known, last_place = known_and_total[0], known_and_total[1, :, None] - 1
-        places = torch.arange(-window, 0, device=token_ids.device)
-        positions = (num_final_positions(known, depth=1)[:, None] + places).clamp(min=0)
-        context = self._trunk.cached_context(positions, slots.shape[0])
+        known, last_position = known_and_total[0], known_and_total[1, :, None] - 1
+        offsets = torch.arange(-window, 0, device=token_ids.device)
+        positions = (num_final_positions(known, depth=1)[:, None] + offsets).clamp(min=0)
+        context = self._trunk.cached_context(positions, key_positions.shape[0])
         cache = self._cache.rows(0, num_rows)
         ids: list[Tensor] = []
         all_probs: list[Tensor] = []
         confidence = None
         for depth in depths:
-            embedded = torch.minimum(embedded_positions(positions, depth), last_place)
+            embedded = torch.minimum(embedded_positions(positions, depth), last_position)
             carried = self._load(depth - 1, positions)
             state = self._scheme.step(self._trunk, depth, carried, token_ids.gather(1, embedded), context, cache)
             if depth < len(self._states):
                 self._store(depth, 0, positions, state.carry)
             if seen is not None:
                 drafted = known[:, None] + torch.arange(depth - 1, device=known.device)
-                seen_now = seen_after(seen, token_ids.gather(1, torch.minimum(drafted, last_place)))[:, -1]
+                seen_now = seen_after(seen, token_ids.gather(1, torch.minimum(drafted, last_position)))[:, -1]
             else:
                 seen_now = None
             drawn = None if uniforms is None else uniforms[:, depth - depths.start]
             chosen, probs, confidence = self._heads.choose(depth, state.head_input[:, -1], seen_now, sampling, drawn)
-            token_ids.scatter_(1, torch.minimum(known[:, None] + (depth - 1), last_place), chosen[:, None])
+            token_ids.scatter_(1, torch.minimum(known[:, None] + (depth - 1), last_position), chosen[:, None])
             ids.append(chosen)
             if probs is not None:
                 all_probs.append(probs)
@@ -268,29 +254,29 @@ class MTPDrafter:
         """Positions before `ends` that some row has still to read at some depth; at least the last one."""
         return max(1, *(end - read for depth in depths for end, read in zip(ends, self._num_read[depth], strict=False)))
 
-    def _catch_up(self, place: int, token_ids: Tensor, num_known: int) -> None:
-        """Every depth reads the final positions that it has not read, at one place, from tokens int64 [capacity]."""
-        cache = self._cache.rows(place, place + 1)
+    def _catch_up(self, slot: int, token_ids: Tensor, num_known: int) -> None:
+        """Every depth reads the final positions that it has not read, in one slot, from tokens int64 [capacity]."""
+        cache = self._cache.rows(slot, slot + 1)
         for depth, num_read in self._num_read.items():
             end = num_final_positions(num_known, depth)
-            for first in range(num_read[place], end, PROMPT_CHUNK):
-                positions = self._slots[None, first : min(first + PROMPT_CHUNK, end)]
+            for first in range(num_read[slot], end, PROMPT_CHUNK):
+                positions = self._positions[None, first : min(first + PROMPT_CHUNK, end)]
                 state = self._scheme.step(
                     self._trunk,
                     depth,
-                    self._states[depth - 1][place : place + 1, positions[0]],
+                    self._states[depth - 1][slot : slot + 1, positions[0]],
                     token_ids[embedded_positions(positions, depth)],
                     self._trunk.cached_context(positions, min(first + PROMPT_CHUNK, end)),
                     cache,
                 )
                 if depth < len(self._states):
-                    self._store(depth, place, positions, state.carry)
-            num_read[place] = max(num_read[place], end)
+                    self._store(depth, slot, positions, state.carry)
+            num_read[slot] = max(num_read[slot], end)
 
     def _load(self, depth: int, positions: Tensor) -> Tensor:
         states = self._states[depth][: positions.shape[0]]
         return states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
 
-    def _store(self, depth: int, first_place: int, positions: Tensor, values: Tensor) -> None:
-        states = self._states[depth][first_place : first_place + positions.shape[0]]
+    def _store(self, depth: int, first_slot: int, positions: Tensor, values: Tensor) -> None:
+        states = self._states[depth][first_slot : first_slot + positions.shape[0]]
         states.scatter_(1, positions[..., None].expand_as(values), values)

@@ -1,4 +1,4 @@
-"""Ways to draft with MTP depths, by name: as trained (`mtp_drafts`), recycled, or as serving engines do it.
+"""Ways to draft with MTP depths, by name: as trained (`mtp`), recycled, or as serving engines do it.
 
 What is drafted changes acceptance, never the output. Read in the engines' sources; "position i" is the pair of the
 trunk's state h[i] and the token t[i+1], as in `nextn.alignment` at depth 1:
@@ -12,16 +12,16 @@ trunk's state h[i] and the token t[i+1], as in `nextn.alignment` at depth 1:
   module for every draft. Draft 1 reads the positions that are new since the last cycle, true states and true tokens.
   Draft n >= 2 reads one position more: the normed state that draft n-1 came from, and the token that it drafted. It
   attends to what draft 1 left at the earlier positions, where training has keys of depth n. The next cycle overwrites
-  the places of drafts. At position 0 the embedding is zeroed.
+  the entries of drafts. At position 0 the embedding is zeroed.
 - `llamacpp` (b11434, common/speculative.cpp, src/models/deepseek2.cpp) does the same, without zeroing anything, and
   reads one pair more before position 0: a state of zeros, and t[0].
 
 Worked example, tokens A..E known, N = 3 (small letters are drafts, h the trunk's states, r recycled ones):
 
-    vllm       slot     0      1     2     3     4     5
+    vllm       entry    0      1     2     3     4     5
                state    h0     h1    h2    h3    r     r'
-               embeds   zeros  C     D     E     f     g    ->  f at slot 3, g at 4, the third draft at 5
-    llamacpp   slot     0      1     2     3     4     5     6
+               embeds   zeros  C     D     E     f     g    ->  f at entry 3, g at 4, the third draft at 5
+    llamacpp   entry    0      1     2     3     4     5     6
                state    zeros  h0    h1    h2    h3    r     r'
                embeds   A      B     C     D     E     f     g
 
@@ -34,7 +34,7 @@ slot with a state left over from the request before it instead of zeros.
 
 from __future__ import annotations
 
-from nextn.decoding.single_cache import SingleCacheConvention
+from nextn.decoding.drafters.single_cache import SingleCacheConvention
 from nextn.errors import GenerationError
 from nextn.mtp.scheme import Scheme
 from nextn.mtp.sequential import Sequential

@@ -8,12 +8,12 @@ One cycle, for every row at once. A row's tokens t[0..n] are known, and the trun
     roll back caches go on from position n+a+1; nothing is copied
 
 N = 0 is a plain step through the same loop: the baseline that a speedup is measured against. Rows accept different a.
-When a row ends, a waiting prompt takes its place, or the last row of the batch does.
+When a row ends, a waiting prompt takes its slot, or the last row of the batch does.
 
-Worked example, two places, three prompts, N = 2 (capitals are known tokens, small letters drafts, ! the trunk's own):
+Worked example, two slots, three prompts, N = 2 (capitals are known tokens, small letters drafts, ! the trunk's own):
 
-    place 0   A B C    d e !   accepts both: D E F      ends: the third prompt is read into place 0
-    place 1   P Q      r ! .   accepts one:  R S        goes on from position 3
+    slot 0   A B C    d e !   accepts both: D E F      ends: the third prompt is read into slot 0
+    slot 1   P Q      r ! .   accepts one:  R S        goes on from position 3
 """
 
 from __future__ import annotations
@@ -25,29 +25,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from nextn.decoding.draft import PROMPT_CHUNK, BatchTokens, Drafter, Drafts
+from nextn.decoding.drafters.drafter import PROMPT_CHUNK, BatchTokens, Drafter, Drafts
 from nextn.decoding.policy import Cycle, DraftPolicy
-from nextn.decoding.rows import Job, Row, RowRandom
+from nextn.decoding.row import Row, RowRandom, RowRequest
 from nextn.decoding.sampling import SamplingConfig, choose, penalise, seen_after, transform
 from nextn.decoding.steps import Steps
 from nextn.decoding.verify import Exact, Verifier
 from nextn.errors import GenerationError
 from nextn.model import Trunk
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What decides the emitted tokens.
-
-    Attributes:
-        sampling: how tokens are chosen; its seed is not read, jobs have their own.
-        verifier: which drafts stay.
-        eos_token_id: ends a row; None: nothing does.
-    """
-
-    sampling: SamplingConfig
-    verifier: Verifier
-    eos_token_id: int | None
 
 
 @dataclass
@@ -69,34 +54,40 @@ class Costs:
     num_cycles: dict[int, int] = field(default_factory=dict)
 
 
-class Batch:
-    """Places for B rows of at most `capacity` tokens: caches, tokens, and the loop over them.
+class BatchLoop:
+    """Slots for B rows of at most `capacity` tokens: caches, tokens, and the loop over them.
 
     Args:
         trunk: verifies.
-        drafter: made for as many places and the same capacity; None: plain decoding.
-        num_places: B.
+        drafter: made for as many slots and the same capacity; None: plain decoding.
+        num_slots: B.
         capacity: most tokens of a row.
         steps: eager or compiled.
     """
 
-    def __init__(self, trunk: Trunk, drafter: Drafter | None, num_places: int, capacity: int, steps: Steps):
+    def __init__(self, trunk: Trunk, drafter: Drafter | None, num_slots: int, capacity: int, steps: Steps):
         self._trunk, self._drafter, self._steps = trunk, drafter, steps
-        self.num_places, self.capacity = num_places, capacity
+        self.num_slots, self.capacity = num_slots, capacity
         device = trunk.device
-        self._cache = trunk.new_cache(num_places, capacity)
-        self._slots = torch.arange(capacity, device=device)
-        self._token_ids = torch.zeros(num_places, capacity, dtype=torch.int64, device=device)
+        self._cache = trunk.new_cache(num_slots, capacity)
+        self._positions = torch.arange(capacity, device=device)
+        self._token_ids = torch.zeros(num_slots, capacity, dtype=torch.int64, device=device)
         self._seen: Tensor | None = None
         self._rows: list[Row] = []
         self._randoms: list[RowRandom] = []
         self.costs = Costs()
 
     @torch.inference_mode()
-    def decode(self, jobs: Iterator[Job], policy: DraftPolicy, rules: Rules) -> Iterator[list[Row]]:
-        """Continue all jobs; yields the rows that got new tokens or ended, after each cycle.
+    def decode(
+        self, requests: Iterator[RowRequest], policy: DraftPolicy, sampling: SamplingConfig, verifier: Verifier
+    ) -> Iterator[list[Row]]:
+        """Continue all prompts; yields the rows that got new tokens or ended, after each cycle.
 
-        Jobs are taken as places become free, in their order.
+        Args:
+            requests: taken as slots become free, in their order.
+            policy: the draft length of each cycle.
+            sampling: how tokens are chosen.
+            verifier: which drafts stay.
 
         Raises:
             GenerationError: the model's logits are not finite.
@@ -104,85 +95,82 @@ class Batch:
         self._rows.clear()
         self._randoms.clear()
         self.costs = Costs()
-        eos_token_id = rules.eos_token_id
-        # What is left of the rules decides compiled steps: these are then used again for other seeds and ends.
-        rules = replace(rules, sampling=replace(rules.sampling, seed=0), eos_token_id=None)
         self._seen = None
-        if rules.sampling.repetition_penalty != 1:
-            shape = (self.num_places, self._trunk.vocab_size)
+        if sampling.repetition_penalty != 1:
+            shape = (self.num_slots, self._trunk.vocab_size)
             self._seen = torch.zeros(shape, dtype=torch.bool, device=self._trunk.device)
         while True:
-            changed = self._fill(jobs, rules, eos_token_id, policy.longest)
+            changed = self._fill(requests, sampling, policy.longest)
             if changed:
                 yield changed
                 continue  # whoever took these may have cancelled some
             if not self._rows:
                 return
-            self._cycle(policy, rules)
+            self._cycle(policy, sampling, verifier)
             yield list(self._rows)
 
-    def _fill(self, jobs: Iterator[Job], rules: Rules, eos_token_id: int | None, longest: int) -> list[Row]:
-        """Rows that have ended give up their places, waiting jobs take them; returns rows cancelled and begun."""
+    def _fill(self, requests: Iterator[RowRequest], sampling: SamplingConfig, longest: int) -> list[Row]:
+        """Rows that have ended give up their slots, waiting prompts take them; returns rows cancelled and begun."""
         changed: list[Row] = []
-        for place in reversed(range(len(self._rows))):
-            row = self._rows[place]
+        for slot in reversed(range(len(self._rows))):
+            row = self._rows[slot]
             if row.is_cancelled and row.finish_reason is None:
                 row.finish_reason = "cancelled"
                 changed.append(row)
             if row.finish_reason is not None:
-                self._close(place)
-        while len(self._rows) < self.num_places and (job := next(jobs, None)) is not None:
-            row = Row(job, eos_token_id)
+                self._close(slot)
+        while len(self._rows) < self.num_slots and (request := next(requests, None)) is not None:
+            row = Row(request)
             self._rows.append(row)
-            self._randoms.append(RowRandom(job))
-            self._begin(len(self._rows) - 1, row, rules, longest)
+            self._randoms.append(RowRandom(request))
+            self._begin(len(self._rows) - 1, row, sampling, longest)
             changed.append(row)
             if row.finish_reason is not None:
                 self._close(len(self._rows) - 1)
         return changed
 
-    def _close(self, place: int) -> None:
+    def _close(self, slot: int) -> None:
         """The last row of the batch takes over the place of one that ended."""
         last = len(self._rows) - 1
-        if place != last:
+        if slot != last:
             num_tokens = self._rows[last].num_known
-            self._token_ids[place, :num_tokens] = self._token_ids[last, :num_tokens]
-            self._cache.copy_row(last, place, num_tokens)
+            self._token_ids[slot, :num_tokens] = self._token_ids[last, :num_tokens]
+            self._cache.copy_row(last, slot, num_tokens)
             if self._seen is not None:
-                self._seen[place] = self._seen[last]
+                self._seen[slot] = self._seen[last]
             if self._drafter is not None:
-                self._drafter.move(last, place, num_tokens)
-            self._rows[place], self._randoms[place] = self._rows[last], self._randoms[last]
+                self._drafter.move(last, slot, num_tokens)
+            self._rows[slot], self._randoms[slot] = self._rows[last], self._randoms[last]
         del self._rows[last], self._randoms[last]
 
-    def _begin(self, place: int, row: Row, rules: Rules, longest: int) -> None:
+    def _begin(self, slot: int, row: Row, sampling: SamplingConfig, longest: int) -> None:
         """Read a prompt and choose the first token."""
         started = time.perf_counter()
-        trunk, prompt = self._trunk, row.job.prompt_ids
+        trunk, prompt = self._trunk, row.request.prompt_ids
         num_prompt = len(prompt)
-        self._token_ids[place, :num_prompt] = torch.tensor(prompt, device=trunk.device)
-        cache = self._cache.rows(place, place + 1)
+        self._token_ids[slot, :num_prompt] = torch.tensor(prompt, device=trunk.device)
+        cache = self._cache.rows(slot, slot + 1)
         for first in range(0, num_prompt, PROMPT_CHUNK):
             end = min(first + PROMPT_CHUNK, num_prompt)
-            positions = self._slots[None, first:end]
+            positions = self._positions[None, first:end]
             context = trunk.cached_context(positions, num_keys=end)
-            hidden = trunk.hidden_states(self._token_ids[place : place + 1, first:end], context, cache)
+            hidden = trunk.hidden_states(self._token_ids[slot : slot + 1, first:end], context, cache)
             normed = trunk.final_norm(hidden)
             if self._drafter is not None and longest:
-                self._drafter.observe(hidden, normed, positions, place)
+                self._drafter.observe(hidden, normed, positions, slot)
         seen = None
         if self._seen is not None:
-            self._seen[place] = False
-            self._seen[place, self._token_ids[place, :num_prompt]] = True
-            seen = self._seen[place : place + 1]
-        probs = transform(trunk.output_head(normed[:, -1]), rules.sampling, seen)
+            self._seen[slot] = False
+            self._seen[slot, self._token_ids[slot, :num_prompt]] = True
+            seen = self._seen[slot : slot + 1]
+        probs = transform(trunk.output_head(normed[:, -1]), sampling, seen)
         if not (bool(normed[:, -1].isfinite().all()) and bool(probs.isfinite().all())):
             raise GenerationError(
                 "the model's logits are not finite: its weights are damaged, or overflow in this dtype"
             )
-        uniforms = None if rules.sampling.is_greedy else self._randoms[place].first().to(trunk.device)
+        uniforms = None if sampling.is_greedy else self._randoms[slot].first().to(trunk.device)
         token_id = int(choose(probs, uniforms))
-        self._token_ids[place, num_prompt] = token_id
+        self._token_ids[slot, num_prompt] = token_id
         if seen is not None:
             seen[0, token_id] = True
         row.emit([token_id], [0])
@@ -190,11 +178,11 @@ class Batch:
         self.costs.prefill_s += read - started
         self.costs.num_prefills += 1
         if self._drafter is not None and longest and row.finish_reason is None:
-            self._drafter.begin(place, self._token_ids[place], num_prompt)
+            self._drafter.begin(slot, self._token_ids[slot], num_prompt)
             self._synchronise()
             self.costs.draft_s += time.perf_counter() - read
 
-    def _cycle(self, policy: DraftPolicy, rules: Rules) -> None:
+    def _cycle(self, policy: DraftPolicy, sampling: SamplingConfig, verifier: Verifier) -> None:
         """Draft, verify, emit: one cycle of all rows."""
         started = time.perf_counter()
         # The verifying forward adds a token of its own, so one draft fewer than what is left can still be emitted.
@@ -202,11 +190,11 @@ class Batch:
         wanted = policy.next_length() if self._steps.compiled else min(policy.next_length(), max(most))
         tokens = self._tokens()
         # Each decision has its own number, however many tokens are drafted: a row's tokens do not depend on the others.
-        uniforms = None if rules.sampling.is_greedy else self._uniforms(2 * policy.longest + 1)
+        uniforms = None if sampling.is_greedy else self._uniforms(2 * policy.longest + 1)
         drafts = Drafts.none(len(tokens.num_known), self._trunk.device)
         if self._drafter is not None and wanted:
             drawn = None if uniforms is None else uniforms[:, :wanted]
-            drafts = self._drafter.draft(tokens, wanted, rules.sampling, drawn)
+            drafts = self._drafter.draft(tokens, wanted, sampling, drawn)
             self._synchronise()
         drafted = time.perf_counter()
 
@@ -216,7 +204,7 @@ class Batch:
         limits += [0] * (len(tokens.num_known) - len(limits))
         outcome = self._steps.run(
             self._verify,
-            (num_drafts, len(limits), self.capacity, rules),
+            (num_drafts, len(limits), self.capacity, sampling, verifier),
             tokens.token_ids,
             tokens.known_and_total,
             drafts.token_ids,
@@ -224,8 +212,9 @@ class Batch:
             torch.tensor(limits, device=self._trunk.device),
             None if uniforms is None else _of_verification(uniforms, num_drafts),
             tokens.seen,
-            self._steps.slots(self._slots, max(tokens.num_known) + num_drafts),
-            rules,
+            self._steps.key_positions(self._positions, max(tokens.num_known) + num_drafts),
+            sampling,
+            verifier,
         ).tolist()
         num_final = []
         for row, limit, result in zip(self._rows, limits, outcome, strict=False):
@@ -260,8 +249,9 @@ class Batch:
         num_drafted: Tensor,
         uniforms: Tensor | None,
         seen: Tensor | None,
-        slots: Tensor,
-        rules: Rules,
+        key_positions: Tensor,
+        sampling: SamplingConfig,
+        verifier: Verifier,
     ) -> Tensor:
         """One trunk forward over the last known token and the drafts, a step of fixed shapes.
 
@@ -270,34 +260,33 @@ class Batch:
             refused, and the drafts: int64 [B, 3 + N].
         """
         num_rows, num_drafts = draft_ids.shape
-        trunk, sampling = self._trunk, rules.sampling
+        trunk = self._trunk
         known, total = known_and_total[0, :, None], known_and_total[1, :, None]
-        places = torch.arange(num_drafts + 1, device=token_ids.device)
-        positions = torch.minimum(known - 1 + places, total - 1)
+        offsets = torch.arange(num_drafts + 1, device=token_ids.device)
+        positions = torch.minimum(known - 1 + offsets, total - 1)
         read_ids = torch.cat((token_ids.gather(1, known - 1), draft_ids), dim=1)
         cache = self._cache.rows(0, num_rows)
-        hidden = trunk.hidden_states(read_ids, trunk.cached_context(positions, slots.shape[0]), cache)
+        hidden = trunk.hidden_states(read_ids, trunk.cached_context(positions, key_positions.shape[0]), cache)
         normed = trunk.final_norm(hidden)
         if self._drafter is not None:
             self._drafter.observe(hidden, normed, positions)
         seen_there = None if seen is None else seen_after(seen, draft_ids)
-        target = self._target(trunk.output_head(normed), seen_there, rules)
-        verified = rules.verifier(draft_ids, draft_probs, target, num_drafted, uniforms)
+        target = self._target(trunk.output_head(normed), seen_there, sampling, verifier)
+        verified = verifier(draft_ids, draft_probs, target, num_drafted, uniforms)
         accepted, next_ids = verified.num_accepted[:, None], verified.next_ids[:, None]
-        # Accepted drafts, then the next token, and the next token once more in the places of rejected drafts.
-        emitted = torch.where(places < accepted, torch.cat((draft_ids, next_ids), dim=1), next_ids)
-        token_ids.scatter_(1, torch.minimum(known + torch.minimum(places, accepted), total - 1), emitted)
+        # Accepted drafts, then the next token, and the next token once more in place of rejected drafts.
+        emitted = torch.where(offsets < accepted, torch.cat((draft_ids, next_ids), dim=1), next_ids)
+        token_ids.scatter_(1, torch.minimum(known + torch.minimum(offsets, accepted), total - 1), emitted)
         if seen is not None and sampling.repetition_penalty != 1:
             seen.scatter_(1, emitted, True)
         return torch.cat((accepted, next_ids, verified.num_changed[:, None], draft_ids), dim=1)
 
     @staticmethod
-    def _target(logits: Tensor, seen: Tensor | None, rules: Rules) -> Tensor:
+    def _target(logits: Tensor, seen: Tensor | None, sampling: SamplingConfig, verifier: Verifier) -> Tensor:
         """What the verifier compares with, [B, N+1, V]: logits for `Exact`, otherwise probabilities.
 
         A lossy verifier reads the model's own probabilities where decoding is greedy: one-hot ones would be exact.
         """
-        sampling, verifier = rules.sampling, rules.verifier
         if isinstance(verifier, Exact):
             return logits if seen is None else penalise(logits, seen, sampling)
         if sampling.is_greedy and not getattr(verifier, "is_lossless", True):
@@ -305,10 +294,10 @@ class Batch:
         return transform(logits, sampling, seen)
 
     def _tokens(self) -> BatchTokens:
-        """All rows' tokens; compiled steps have all places, of which the idle ones compute what nobody reads."""
+        """All rows' tokens; compiled steps have all slots, of which the idle ones compute what nobody reads."""
         num_known = [row.num_known for row in self._rows]
-        num_total = [row.job.num_total for row in self._rows]
-        idle = self.num_places - len(self._rows) if self._steps.compiled else 0
+        num_total = [row.request.num_total for row in self._rows]
+        idle = self.num_slots - len(self._rows) if self._steps.compiled else 0
         num_known += [2] * idle
         num_total += [self.capacity] * idle
         seen = None if self._seen is None else self._seen[: len(num_known)]
@@ -318,7 +307,7 @@ class Batch:
         """Each row's own random numbers, float64 [B, count]."""
         drawn = [random.next(count) for random in self._randoms]
         if self._steps.compiled:
-            drawn += [torch.zeros(count, dtype=torch.float64)] * (self.num_places - len(drawn))
+            drawn += [torch.zeros(count, dtype=torch.float64)] * (self.num_slots - len(drawn))
         return torch.stack(drawn).to(self._trunk.device)
 
     def _synchronise(self) -> None:

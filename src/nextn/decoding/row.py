@@ -18,14 +18,15 @@ CYCLES_DRAWN_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
-class Job:
-    """A prompt to continue.
+class RowRequest:
+    """A prompt to continue: what is asked of one row.
 
     Attributes:
         number: which of the caller's prompts it is.
         prompt_ids: at least one token.
         max_new_tokens: most tokens to add.
         seed: of its random numbers.
+        eos_token_id: ends the row; None: nothing does.
         stop: looks for stop strings in what is emitted; None: there are none.
     """
 
@@ -33,6 +34,7 @@ class Job:
     prompt_ids: Sequence[int]
     max_new_tokens: int
     seed: int = 0
+    eos_token_id: int | None = None
     stop: StopRow | None = None
 
     @property
@@ -43,11 +45,10 @@ class Job:
 
 @dataclass
 class Row:
-    """A job under way.
+    """A row under way.
 
     Attributes:
-        job: what is asked.
-        eos_token_id: ends the row; None: nothing does.
+        request: what is asked.
         token_ids: emitted so far, a final EOS included.
         origins: where each token came from: 0 = the trunk, k = an accepted draft of depth k.
         cycles: (drafted, accepted) of each cycle.
@@ -57,8 +58,7 @@ class Row:
         is_cancelled: set from anywhere, it ends the row before the next cycle.
     """
 
-    job: Job
-    eos_token_id: int | None
+    request: RowRequest
     token_ids: list[int] = field(default_factory=list)
     origins: list[int] = field(default_factory=list)
     cycles: list[tuple[int, int]] = field(default_factory=list)
@@ -70,24 +70,24 @@ class Row:
     @property
     def num_known(self) -> int:
         """Tokens of the row, prompt included."""
-        return len(self.job.prompt_ids) + len(self.token_ids)
+        return len(self.request.prompt_ids) + len(self.token_ids)
 
     @property
     def num_left(self) -> int:
         """Tokens that may still be emitted."""
-        return self.job.max_new_tokens - len(self.token_ids)
+        return self.request.max_new_tokens - len(self.token_ids)
 
     def emit(self, token_ids: Sequence[int], origins: Sequence[int]) -> None:
         """Take over new tokens as far as the row goes: up to EOS, a stop string, `max_new_tokens`."""
-        kept = list(token_ids)
-        if self.eos_token_id in kept:
-            kept = kept[: kept.index(self.eos_token_id) + 1]
-        text_ids = kept[:-1] if kept[-1] == self.eos_token_id else kept
-        match = None if self.job.stop is None else self.job.stop.feed(text_ids)
+        kept, eos_token_id = list(token_ids), self.request.eos_token_id
+        if eos_token_id in kept:
+            kept = kept[: kept.index(eos_token_id) + 1]
+        text_ids = kept[:-1] if kept[-1] == eos_token_id else kept
+        match = None if self.request.stop is None else self.request.stop.feed(text_ids)
         if match is not None:
             kept, self.num_chars = kept[: match.num_tokens], match.num_chars
             self.finish_reason = "stop"
-        elif kept[-1] == self.eos_token_id:
+        elif kept[-1] == eos_token_id:
             self.finish_reason = "eos"
         self.token_ids += kept
         self.origins += origins[: len(kept)]
@@ -98,10 +98,10 @@ class Row:
 class RowRandom:
     """The random numbers of one row, a function of (seed, number of the row) alone; the same count every cycle."""
 
-    def __init__(self, job: Job):
-        (self._generator,) = row_generators(job.seed, [job.number])
+    def __init__(self, request: RowRequest):
+        (self._generator,) = row_generators(request.seed, [request.number])
         self._drawn = torch.empty(0, 0, dtype=torch.float64)
-        self._place = 0
+        self._num_used = 0
 
     def first(self) -> Tensor:
         """One number for the token after the prompt, float64 [1]."""
@@ -109,8 +109,8 @@ class RowRandom:
 
     def next(self, count: int) -> Tensor:
         """Numbers in [0, 1) for one cycle, float64 [count]; drawn for several cycles at once."""
-        if self._place == len(self._drawn):
+        if self._num_used == len(self._drawn):
             shape = (CYCLES_DRAWN_AT_ONCE, count)
-            self._drawn, self._place = torch.rand(shape, generator=self._generator, dtype=torch.float64), 0
-        self._place += 1
-        return self._drawn[self._place - 1]
+            self._drawn, self._num_used = torch.rand(shape, generator=self._generator, dtype=torch.float64), 0
+        self._num_used += 1
+        return self._drawn[self._num_used - 1]

@@ -24,7 +24,7 @@ class BatchTokens:
         token_ids: int64 [B, capacity]; row b holds `num_known[b]` tokens, the last of which the trunk has not read yet.
         num_known: known tokens per row, at least 2.
         num_total: most tokens each row may ever hold; None: the capacity. What is drafted beyond is never emitted; it
-            piles up in the last place, which nobody reads.
+            piles up in the last position, which nobody reads.
         seen: tokens in the row so far, bool [B, V], where a repetition penalty asks for them.
     """
 
@@ -38,11 +38,6 @@ class BatchTokens:
         """`num_known` and `num_total` on the device, int64 [2, B]."""
         total = self.num_total or [self.token_ids.shape[1]] * len(self.num_known)
         return torch.tensor([list(self.num_known), list(total)], device=self.token_ids.device)
-
-    def places(self, num_draft_tokens: int) -> Tensor:
-        """Where each row's next tokens go, int64 [B, num_draft_tokens]: those it may not hold go to its last place."""
-        known, total = self.known_and_total[..., None]
-        return torch.minimum(known + torch.arange(num_draft_tokens, device=known.device), total - 1)
 
 
 @dataclass(frozen=True)
@@ -66,16 +61,16 @@ class Drafts:
 
 
 class Drafter(Protocol):
-    """Guesses the next tokens of B rows. Places (rows of the batch) are taken, moved and given to others."""
+    """Guesses the next tokens of B rows. Slots (rows of the batch) are taken, moved and given to others."""
 
-    def begin(self, place: int, token_ids: Tensor, num_known: int) -> None:
-        """A new row of `num_known` tokens, int64 [capacity], stands at this place; the trunk has read it."""
+    def begin(self, slot: int, token_ids: Tensor, num_known: int) -> None:
+        """A new row of `num_known` tokens, int64 [capacity], is in this slot; the trunk has read it."""
         ...
 
-    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor, first_place: int = 0) -> None:
+    def observe(self, hidden: Tensor, normed: Tensor, positions: Tensor, first_slot: int = 0) -> None:
         """Take over trunk states before and after the final norm, [b, M, C] each, at `positions`, int64 [b, M].
 
-        They belong to places first_place..first_place+b-1. States of drafts that are then rejected may be among them:
+        They belong to slots first_slot..first_slot+b-1. States of drafts that are then rejected may be among them:
         they are overwritten before they are read.
         """
         ...
@@ -102,5 +97,5 @@ class Drafter(Protocol):
         ...
 
     def move(self, source: int, target: int, num_tokens: int) -> None:
-        """The row at place `source`, of `num_tokens` tokens, goes on at place `target`."""
+        """The row in slot `source`, of `num_tokens` tokens, goes on in slot `target`."""
         ...
