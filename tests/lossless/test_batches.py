@@ -30,7 +30,7 @@ from nextn.mtp import MTPModel
 
 from .conftest import TEXT, TINY, memorising_model, random_model
 from .test_every_scheme import VARIANTS, half_trained
-from .test_rejection import CRITICAL, SETTINGS, chi_square_score, plain_law_of_model, without_residual
+from .test_rejection import CRITICAL, SETTINGS, chi_square_score, plain_distribution_of_model, without_residual
 
 PROMPTS = [TEXT[row % 4, start : start + length].tolist() for row, start, length in
            ((0, 0, 5), (1, 0, 1), (2, 0, 9), (3, 2, 3), (0, 7, 2), (1, 9, 12), (2, 20, 1))]  # fmt: skip
@@ -259,7 +259,7 @@ def law_score(num_samples: int, **arguments: Any) -> float:
     result = generate(
         trained, [prompt] * num_samples, max_new_tokens=num_new, draft_length=2, batch_size=32, **SETTINGS, **arguments
     )
-    return chi_square_score(plain_law_of_model(trained, prompt, num_new), list(result.token_ids))
+    return chi_square_score(plain_distribution_of_model(trained, prompt, num_new), list(result.token_ids))
 
 
 def test_a_draft_vocabulary_leaves_the_law_of_sampled_text_as_it_is(monkeypatch: pytest.MonkeyPatch):
