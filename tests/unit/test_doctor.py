@@ -17,7 +17,7 @@ from nextn.config import MTPConfig
 from nextn.data import ByteTokenizer
 from nextn.errors import CheckpointError
 from nextn.files import TensorFiles, atomic_folder, read_json, write_json
-from nextn.interop.doctor import Diagnosis, examine, laws, services, values
+from nextn.interop.doctor import Diagnosis, examine, invariants, services, values
 from nextn.interop.doctor.stored import declared_in_folder, sort_tensors
 from nextn.interop.doctor.values import TensorStatistics
 from nextn.interop.engines import reasons_against
@@ -402,11 +402,11 @@ def test_quantised_trunks_do_not_make_a_module_incomplete_but_lost_scales_do():
     layer = {"block.mlp.up_proj.qweight": (4, 1), "block.mlp.up_proj.scales": (4, 1), "block.norm.weight": (8,)}
     fusion = {"enorm.weight": (8,), "hnorm.weight": (8,), "eh_proj.weight": (8, 16), "shared_head.norm.weight": (8,)}
     module = fusion | {"block.mlp.up_proj.weight": (4, 8), "block.norm.weight": (8,)}
-    assert [f.what for f in laws.completeness(0, module, {0: layer}, 8)] == ["MTP complete"]
+    assert [f.what for f in invariants.completeness(0, module, {0: layer}, 8)] == ["MTP complete"]
     del module["block.mlp.up_proj.weight"]
-    assert [f.what for f in laws.completeness(0, module, {0: layer}, 8)] == ["MTP incomplete"]
-    assert laws.scales({"a.weight": "F8_E4M3", "a.weight_scale_inv": "F32", "b.weight": "BF16"}) == []
-    assert laws.scales({"a.weight": "F8_E4M3"})[0].what == "MTP scales lost"
+    assert [f.what for f in invariants.completeness(0, module, {0: layer}, 8)] == ["MTP incomplete"]
+    assert invariants.scales({"a.weight": "F8_E4M3", "a.weight_scale_inv": "F32", "b.weight": "BF16"}) == []
+    assert invariants.scales({"a.weight": "F8_E4M3"})[0].what == "MTP scales lost"
 
 
 def test_statistics_leave_values_that_are_not_finite_out():

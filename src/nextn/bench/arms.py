@@ -53,7 +53,7 @@ class Arm:
 
     @property
     def is_lossless(self) -> bool:
-        """Whether the output, or its law, is that of plain decoding."""
+        """Whether the output, or its distribution, is that of plain decoding."""
         return resolve_verifier(self.options.get("verifier", "auto"), SamplingConfig()).is_lossless
 
     def decoder(self, batch_size: int, say: Callable[[str], None]) -> Decoder:

@@ -42,9 +42,9 @@ def verify(
     """Verify that decoding with drafts gives what decoding without them gives; the exit code says it.
 
     In float32: greedy texts for several N and batch sizes beside plain decoding, with and without a cache, with rows
-    that end inside drafts, with drafts that are all right and all wrong; caches after rejected drafts; the law of
-    sampled text, with a control that the test must reject. In bfloat16, where rounding tips near ties: how often texts
-    differ.
+    that end inside drafts, with drafts that are all right and all wrong; caches after rejected drafts; the distribution
+    of sampled text, with a control that the test must reject. In bfloat16, where rounding tips near ties: how often
+    texts differ.
 
     Exit codes: 0 lossless, 1 not lossless (or a test without power), 2 an error.
 

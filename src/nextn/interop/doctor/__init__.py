@@ -4,8 +4,8 @@ examine(path)    headers, then the MTP tensors one at a time, give a `Diagnosis`
 services(found)  what each engine makes of it, and the command
 finding          what a finding is
 stored           what is declared, and which tensor is in which place
-laws, values     each finding's law: on names, shapes and dtypes; on the values
-fit              laws of nextn's loader, on checkpoints whose settings it reads
+invariants, values     each finding's invariant: on names, shapes and dtypes; on the values
+fit              invariants of nextn's loader, on checkpoints whose settings it reads
 """
 
 from nextn.interop.doctor.diagnosis import CONVENTIONS, Diagnosis

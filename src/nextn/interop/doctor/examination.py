@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nextn.errors import CheckpointError
 from nextn.files import TensorFiles
-from nextn.interop.doctor import fit, laws, values
+from nextn.interop.doctor import fit, invariants, values
 from nextn.interop.doctor.diagnosis import CONVENTIONS, Diagnosis
 from nextn.interop.doctor.finding import Finding, counted, some
 from nextn.interop.doctor.fit import Wanted
@@ -105,7 +105,7 @@ def _tensors(place: Path, declaration: Declaration) -> TensorFiles:
 def _findings_of_names(
     place: Path, stored: Stored, declaration: Declaration, wanted: Wanted | None, is_part: bool
 ) -> list[Finding]:
-    """Laws on what is declared and on names, shapes and dtypes."""
+    """Invariants on what is declared and on names, shapes and dtypes."""
     findings: list[Finding] = []
     if is_part:
         detail = "one file of several, and the others were not looked at: what is not here may be there"
@@ -118,7 +118,7 @@ def _findings_of_names(
     elif wanted:
         found = stored.shapes(stored.modules.get(0, {}))
         names = {n.removeprefix("mtp."): shape for n, shape in wanted.shapes.items() if n.startswith("mtp.")}
-        findings += laws.other_scheme(wanted.mtp_config.scheme, wanted.mtp_config.num_depths, names, found)
+        findings += invariants.other_scheme(wanted.mtp_config.scheme, wanted.mtp_config.num_depths, names, found)
     if wanted:
         ills = {finding.what for finding in findings if finding.severity == "problem"}
         misfits = _findings_of_fit(place, stored, wanted, ills)
@@ -127,31 +127,31 @@ def _findings_of_names(
             findings = [whole if finding.what == "block unlike the trunk" else finding for finding in findings]
         findings += misfits
     for module, roles in stored.modules.items():
-        findings += laws.repeated(module, stored.shapes(roles))
+        findings += invariants.repeated(module, stored.shapes(roles))
     if stored.modules:
         dtypes = {name: stored.source.dtype(name) for name in stored.mtp_names}
         trunk = [stored.source.dtype(name) for roles in stored.layers.values() for name in roles.values()]
-        findings += [*laws.scales(dtypes), laws.dtype_mix(list(dtypes.values()), trunk)]
+        findings += [*invariants.scales(dtypes), invariants.dtype_mix(list(dtypes.values()), trunk)]
     return findings
 
 
 def _findings_of_modules(stored: Stored, declaration: Declaration, wanted: Wanted | None) -> list[Finding]:
-    """Laws on modules that engines run: as many as declared, where they should be, and whole."""
-    findings = [laws.declared_and_stored(declaration.count, declaration.count_key, len(stored.modules))]
+    """Invariants on modules that engines run: as many as declared, where they should be, and whole."""
+    findings = [invariants.declared_and_stored(declaration.count, declaration.count_key, len(stored.modules))]
     if isinstance(stored.source, TensorFiles):  # GGUF's number of layers follows from that of the modules
         findings += fit.layers_miscounted(first_marked(stored.source.names), declaration.num_layers)
     own_count = num_released_modules(wanted.mtp_config) if wanted and declaration.own is not None else None
-    findings += laws.own_settings(own_count, declaration.count, declaration.count_key)
-    findings += laws.unplaced(stored.unplaced, declaration.model_type)
+    findings += invariants.own_settings(own_count, declaration.count, declaration.count_key)
+    findings += invariants.unplaced(stored.unplaced, declaration.model_type)
     has_head_norm = _conventions(declaration, wanted).get("head_norm", "own") == "own"
     layers = {layer: stored.shapes(roles) for layer, roles in stored.layers.items()}
     for module, roles in stored.modules.items():
-        findings += laws.completeness(module, stored.shapes(roles), layers, declaration.width, has_head_norm)
+        findings += invariants.completeness(module, stored.shapes(roles), layers, declaration.width, has_head_norm)
     return findings
 
 
 def _findings_of_fit(place: Path, stored: Stored, wanted: Wanted, ills: Collection[str]) -> list[Finding]:
-    """Laws of nextn's loader. What has another name already, among the `ills` of the modules, is not told again."""
+    """Invariants of nextn's loader. What has another name among the `ills` of the modules is not told again."""
     if unread := fit.unread_weights(place, wanted, stored.source.names):
         return unread
     if "layers miscounted" in ills:
@@ -196,7 +196,7 @@ def _convention_findings(declaration: Declaration, conventions: Mapping[str, str
 def _findings_of_values(
     stored: Stored, declaration: Declaration, conventions: Mapping[str, str], say: Callable[[str], None]
 ) -> list[Finding]:
-    """Laws on the MTP tensors' values, and the look for copies of the trunk."""
+    """Invariants on the MTP tensors' values, and the look for copies of the trunk."""
     say(f"reading {counted(len(stored.mtp_names), 'MTP tensor')}")
     modules: dict[int, dict[str, TensorStatistics]] = {}
     order = _ORDERS.get(conventions.get("concat", ""), ("first input", "second input"))

@@ -1,4 +1,4 @@
-"""Does a checkpoint of nextn's own family fit its settings? Laws that `nextn.mtp.load_model` holds it to."""
+"""Does a checkpoint of nextn's own family fit its settings? Invariants that `nextn.mtp.load_model` holds it to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from nextn.config import ModelConfig, MTPConfig
 from nextn.errors import CheckpointError, ConfigError
 from nextn.interop.doctor.finding import Finding, Severity, counted, some
-from nextn.interop.doctor.laws import PACKED_TAILS, SCALE_TAILS, Shapes, shape_text
+from nextn.interop.doctor.invariants import PACKED_TAILS, SCALE_TAILS, Shapes, shape_text
 from nextn.interop.doctor.stored import Declaration, TensorSource
 from nextn.mtp import MTPModel
 from nextn.mtp.config_file import fp8_block, read_config

@@ -1,6 +1,6 @@
-"""Are stored values those of a trained module? Statistics of one tensor at a time, and laws on them.
+"""Are stored values those of a trained module? Statistics of one tensor at a time, and invariants on them.
 
-A law takes the statistics of an MTP module's tensors, by name, and gives the findings that they call for; none is good.
+An invariant takes the statistics of an MTP module's tensors, by name, and gives the findings that they call for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nextn.interop.doctor.finding import Finding, Severity, some
-from nextn.interop.doctor.laws import SCALE_TAILS
+from nextn.interop.doctor.invariants import SCALE_TAILS
 from nextn.mtp.layout import LARGEST_PLAUSIBLE
 
 TINY = 1e-30

@@ -1,4 +1,4 @@
-"""Is MTP declared, stored and complete? Laws on what a checkpoint declares and on names, shapes and dtypes alone."""
+"""Is MTP declared, stored and complete? Invariants on declarations, names, shapes and dtypes alone."""
 
 from __future__ import annotations
 
