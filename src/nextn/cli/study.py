@@ -1,4 +1,4 @@
-"""`nextn study`: a grid of settings times seeds, compared honestly."""
+"""`nextn study`: compares ways to train, over seeds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from nextn.cli.console import interruptible, messages, results, status
 from nextn.cli.study_output import StudyProgress, print_plan, print_result
 from nextn.files import make_folder
 from nextn.study.jobs import checked_devices
+from nextn.study.load import load_study
 from nextn.study.page import write_page
 from nextn.study.run import locked, plan_study, run_study
-from nextn.study.settings import load_study
 from nextn.study.tables import write_csv, write_json
 
 
@@ -36,9 +36,9 @@ def study(
 ) -> None:
     """Compare ways to train, over several seeds, at equal tokens, FLOPs and time.
 
-    Prints the plan with an estimate of its time, trains and measures what is missing, and writes study.html, study.json
-    and study.csv into OUT/NAME-SCALE (with --set, its values too). Every run has a folder in OUT/trained whose name is
-    the hash of its settings and text, so a killed study goes on where it was, and studies share their runs.
+    Prints the plan with an estimate of its time. Trains and evaluates what is missing. Writes study.html, study.json
+    and study.csv into OUT/NAME-SCALE (with --set, its values too). Every run has a folder in OUT/trained, named by a
+    hash of its settings and text. So a killed study resumes where it stopped, and studies share runs.
 
     Examples:
 
