@@ -18,7 +18,7 @@ import pytest
 from nextn.study.evaluate import TIMED
 from nextn.study.results import StudyResult
 from nextn.study.run import locked
-from nextn.study.tables import read_json
+from nextn.study.study_file import read_json
 
 BASE = """
 [model]

@@ -109,8 +109,11 @@ CLAIMS = (
 
 def example() -> StudyResult:
     """The study; only the numbers are invented, comparisons and verdicts follow from them."""
-    runs = [_run(name, seed) for seed in SEEDS for name in VARIANTS]
-    runs += [_run(BASELINE, seed, ladder) for seed in SEEDS for ladder in LADDER]
+    runs = [
+        _run(name, seed, ladder)
+        for seed in SEEDS
+        for name, ladder in [*((name, None) for name in VARIANTS), *((BASELINE, ladder) for ladder in LADDER)]
+    ]
     timing_runs = [0.01 * _wobble(timing_run, 5) for timing_run in range(4)]
     others = [name for name in VARIANTS if name != BASELINE]
     overheads = {
@@ -137,7 +140,7 @@ def example() -> StudyResult:
         ),
         claims=tuple(judge(claim, comparisons, BASELINE) for claim in CLAIMS),
         notes=("Two runs were resumed <once>.",),
-        base_recipe=_as_json(tables.to_table(config.Recipe())),
+        base_recipe=_as_json(tables.to_table(config.Recipe(training=config.TrainingConfig(num_steps=NUM_STEPS)))),
         evaluation=_as_json(tables.to_table(ModelEvaluationConfig())),
         provenance={"nextn": {"version": "0.1.0"}, "time_utc": "2026-11-23T03:14:00", "device": "cpu", "threads": 1},
     )

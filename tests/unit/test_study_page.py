@@ -15,7 +15,7 @@ from rich.console import Console
 
 from nextn.cli.study_output import print_result
 from nextn.errors import CheckpointError, ConfigError
-from nextn.study import page, plots, tables
+from nextn.study import page, plots, study_file, tables
 from nextn.study.claims import judge
 from nextn.study.compare import compare
 from nextn.study.cost_plots import pareto_front
@@ -347,19 +347,19 @@ def test_a_front_that_asks_to_be_beaten_strictly_in_both_is_caught():
 
 
 def test_a_study_survives_json_unchanged(result, tmp_path):
-    tables.write_json(result, tmp_path / "study.json")
-    assert tables.read_json(tmp_path / "study.json") == result
+    study_file.write_json(result, tmp_path / "study.json")
+    assert study_file.read_json(tmp_path / "study.json") == result
 
 
 def test_a_study_of_another_version_is_refused_by_the_key(result, tmp_path):
-    tables.write_json(result, tmp_path / "study.json")
+    study_file.write_json(result, tmp_path / "study.json")
     table = json.loads((tmp_path / "study.json").read_text())
-    del table["runs"][3]["seed"]
+    del table["runs"][3]["seeds"]
     (tmp_path / "study.json").write_text(json.dumps(table))
     with pytest.raises(ConfigError, match=r"study.json.runs\[3\] lacks seed"):
-        tables.read_json(tmp_path / "study.json")
+        study_file.read_json(tmp_path / "study.json")
     with pytest.raises(CheckpointError):
-        tables.read_json(tmp_path / "none.json")
+        study_file.read_json(tmp_path / "none.json")
 
 
 def test_the_csv_has_a_row_per_run_with_every_digit(result, tmp_path):

@@ -14,11 +14,12 @@ from nextn.study.jobs import checked_devices
 from nextn.study.load import load_study
 from nextn.study.page import write_page
 from nextn.study.run import locked, plan_study, run_study
-from nextn.study.tables import write_csv, write_json
+from nextn.study.study_file import read_json, write_json
+from nextn.study.tables import write_csv
 
 
 def study(
-    recipe: Annotated[Path, typer.Argument(help="The study, a TOML file such as recipes/studies/num_tokens.toml.")],
+    recipe: Annotated[Path, typer.Argument(help="The study, a TOML file; with --render, its study.json.")],
     scale: Annotated[
         str, typer.Option(help="Size of the base recipe: cpu, gpu or small in the studies that are shipped.")
     ] = "cpu",
@@ -33,6 +34,9 @@ def study(
         typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change the base recipe; may be repeated."),
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show the plan and the time it takes; train nothing.")] = False,
+    render: Annotated[
+        bool, typer.Option("--render", help="Write the page of a finished study again, beside its study.json.")
+    ] = False,
 ) -> None:
     """Compare ways to train, over several seeds, at equal tokens, FLOPs and time.
 
@@ -49,8 +53,15 @@ def study(
         nextn study recipes/studies/claims.toml --scale gpu --devices cuda:0
 
         nextn study recipes/studies/lambda.toml --plan
+
+        nextn study runs/studies/lambda-cpu/study.json --render
     """
     console = messages()
+    if render:
+        page = recipe.with_suffix(".html")
+        write_page(read_json(recipe), page)
+        console.print(f"page: {page}")
+        return
     loaded, used = load_study(recipe, scale, set_ or ()), checked_devices(devices)
     with locked(out), interruptible(console, "finished runs are kept, and the same command goes on"):
         with status(console) as say:

@@ -1,9 +1,4 @@
-"""The report's plots: matplotlib figures as inline SVG that takes its colours and font from the page.
-
-matplotlib knows only fixed colours, so each role is drawn in a stand-in colour that `nextn.report.svg` replaces by a
-CSS variable: one SVG serves the light and the dark theme. Text stays text. All plots share one size, so that
-type has the same size everywhere; every number a plot shows also stands in a table of the page.
-"""
+"""The plots of a run's page. Every number that a plot shows also stands in a table of the page."""
 
 from __future__ import annotations
 
@@ -12,40 +7,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from nextn.evaluation.results import DecodingArm, Speedup
-from nextn.report.svg import FRAME, INK, MUTED, arm_colour, depth_colour, to_svg
+from nextn.report.figure import HEIGHT, label_ends, new_figure, styled, token_unit
+from nextn.report.svg import INK, MUTED, arm_colour, depth_colour, to_svg
 from nextn.training import TeacherForcedEvaluation
 
-WIDTH, HEIGHT = 410, 280  # px of the page at scale 1
 MAX_BARS_WITH_NUMBERS = 10  # more would overlap
 
-_STYLE: dict[Any, Any] = {
-    "text.parse_math": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "nextn",
-    "font.size": 12,
-    "text.color": INK,
-    "axes.edgecolor": FRAME,
-    "axes.labelcolor": MUTED,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": FRAME,
-    "grid.linewidth": 0.7,
-    "xtick.color": FRAME,
-    "ytick.color": FRAME,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "lines.solid_capstyle": "round",
-}
 _DEPTH_MARKERS = "osD^vP"
 _ARM_MARKERS = "oDsP"
 
@@ -64,10 +34,6 @@ class AcceptingArm(Protocol):
 
     @property
     def acceptance_conditional(self) -> Sequence[float | None]: ...  # noqa: D102
-
-
-styled = matplotlib.rc_context(_STYLE)
-"""Decorator of every plot: the settings hold while it is made, and only then."""
 
 
 @styled
@@ -101,7 +67,7 @@ def loss_plot(history: Sequence[Mapping[str, Any]]) -> str:
         axes.set_ylim(lowest - 0.08 * (highest - lowest), highest + 0.02 * (highest - lowest))
     axes.set_xlabel(f"trained tokens ({unit})")
     axes.set_ylabel("loss (nats per token)")
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
     alternative = "Loss per depth over trained tokens; last values: " + ", ".join(text for _, text, _ in ends)
     return to_svg(figure, "loss", alternative)
 
@@ -172,7 +138,7 @@ def acceptance_by_depth_plot(arms: Sequence[AcceptingArm]) -> str:
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("drafted token (depth)")
     axes.set_ylabel("acceptance")
-    _label_ends(axes, [end for end in conditional_ends + unconditional_ends if math.isfinite(end[0])])
+    label_ends(axes, [end for end in conditional_ends + unconditional_ends if math.isfinite(end[0])])
     return to_svg(figure, "by-depth", "Acceptance by depth: " + "; ".join(texts))
 
 
@@ -290,24 +256,8 @@ def expert_load_plot(history: Sequence[Mapping[str, Any]]) -> str | None:
     return to_svg(figure, "experts", f"Busiest expert: at first {loads[0]:.2f}, at last {loads[-1]:.2f} times the mean")
 
 
-def blank_figure(height: float = HEIGHT) -> Figure:
-    """A figure of the page's width, `height` px, without axes."""
-    return Figure((WIDTH / 72, height / 72), dpi=72, layout="constrained")
-
-
-def new_figure(height: float = HEIGHT) -> tuple[Figure, Axes]:
-    """A figure of the page's width, `height` px, and its only axes."""
-    figure = blank_figure(height)
-    return figure, figure.subplots()
-
-
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
-
-
-def token_unit(num_tokens: int) -> tuple[float, str]:
-    """By what to divide token counts up to `num_tokens`, and what that is called."""
-    return (1e6, "millions") if num_tokens >= 1_000_000 else (1e3, "thousands")
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
@@ -315,21 +265,3 @@ def _running_mean(values: Sequence[float]) -> list[float]:
     reach = len(values) // 80
     windows = [values[max(0, index - reach) : index + reach + 1] for index in range(len(values))]
     return [sum(window) / len(window) for window in windows]
-
-
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Name curves at their right ends, moved apart where the names would overlap; (height, text, colour) each."""
-    low, high = axes.get_ylim()
-    gap = 0.075 * (high - low)
-    ordered = sorted(ends)
-    heights = [height for height, _, _ in ordered]
-    for _ in range(100):  # push neighbours apart until nothing overlaps, and up from the frame's lower edge
-        heights[:1] = [max(height, low) for height in heights[:1]]
-        for index in range(1, len(heights)):
-            overlap = gap - (heights[index] - heights[index - 1])
-            if overlap > 0:
-                heights[index - 1] -= overlap / 2
-                heights[index] += overlap / 2
-    for height, (_, text, colour) in zip(heights, ordered, strict=True):
-        axes.annotate(text, (1, height), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                      va="center", color=colour, fontsize=11.5, annotation_clip=False)  # fmt: skip

@@ -10,12 +10,14 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 from matplotlib.figure import Figure
+
+from nextn.report.svg_path import moved_down, rounded, rounded_path
 
 INK, MUTED, FRAME = "#010101", "#020202", "#030303"
 """Stand-ins for the page's colours of text, of lesser text and of lines."""
@@ -115,27 +117,14 @@ def _shapes(root: ElementTree.Element) -> Iterator[_Shape]:
         elif element.tag == f"{_SVG}use" and element.get("x") == "0":  # an area, which begins at the lower edge
             area, own_style = marker_paths[element.get(_HREF, "").removeprefix("#")]
             style = _style(f"{element.get('style', '')}; {own_style}")
-            yield _Shape(style, clip, rounded_path(_moved_down(area, float(element.get("y", "0"))), 1))
+            yield _Shape(style, clip, rounded_path(moved_down(area, float(element.get("y", "0"))), 1))
         elif element.tag == f"{_SVG}use":
             marker, own_style = marker_paths[element.get(_HREF, "").removeprefix("#")]
             style = _style(f"{element.get('style', '')}; {own_style}")
-            point = f"M{_number(element.get('x', '0'), 1)} {_number(element.get('y', '0'), 1)}"
+            point = f"M{rounded(element.get('x', '0'), 1)} {rounded(element.get('y', '0'), 1)}"
             yield _Shape(style, clip, point, rounded_path(marker, 2))
 
     yield from visit(root.find(f"{_SVG}g") or root, None)
-
-
-def _moved_down(path: str, distance: float) -> str:
-    """Add a distance to every y of a path of lines.
-
-    >>> _moved_down("M 1 2 L 3 -4 z", 10)
-    'M 1 12.0 L 3 6.0 z'
-    """
-    tokens = path.split()
-    numbers = [place for place, token in enumerate(tokens) if not token.isalpha()]
-    for place in numbers[1::2]:
-        tokens[place] = str(float(tokens[place]) + distance)
-    return " ".join(tokens)
 
 
 def _clip_of(element: ElementTree.Element) -> str | None:
@@ -158,55 +147,16 @@ def _style(text: str) -> str:
 
 def _position(text: ElementTree.Element) -> str:
     """Return x, y and, where it turns the text, the rotation."""
-    x, y = (_number(text.get(name, "0"), 1) for name in "xy")
+    x, y = (rounded(text.get(name, "0"), 1) for name in "xy")
     transform = text.get("transform", "")
     if turned := re.fullmatch(r"rotate\((-?[\d.]+) [-\d. ]+\)", transform):
-        angle = _number(turned.group(1), 1)
+        angle = rounded(turned.group(1), 1)
         transform = "" if angle == "0" else f"rotate({angle} {x} {y})"
     if moved := re.fullmatch(r"translate\(([-\d.]+) ([-\d.]+)\)(.*)", transform):
-        x, y = (_number(moved.group(index), 1) for index in (1, 2))
+        x, y = (rounded(moved.group(index), 1) for index in (1, 2))
         transform = f"translate({x} {y}){moved.group(3)}"
         return f'transform="{transform}"'
     return f'x="{x}" y="{y}"' + (f' transform="{transform}"' if transform else "")
-
-
-def _number(text: str, num_decimals: int) -> str:
-    """Round a number.
-
-    >>> _number("70.400001", 1), _number("3.04", 1), _number("-0", 1), _number("-0.728", 2)
-    ('70.4', '3', '0', '-.73')
-    """
-    value = f"{float(text):.{num_decimals}f}".rstrip("0").rstrip(".") if num_decimals else f"{float(text):.0f}"
-    value = "0" if value in ("-0", "") else value
-    return re.sub(r"^(-?)0\.", r"\1.", value)
-
-
-def rounded_path(path: str, num_decimals: int) -> str:
-    """Round a path's absolute coordinates and leave out what SVG does not need.
-
-    A line after a move needs no letter, nor does a command that repeats the one before. A line along an axis is H or V.
-
-    >>> rounded_path("M 41.584927 257.995764 \\nL 406.99976 257.995764 \\nL -406.96 -3.04 \\nz\\n", 1)
-    'M41.6 258H407L-407-3z'
-    """
-    commands: list[tuple[str, list[str]]] = []
-    for token in path.split():
-        if token.isalpha():
-            commands.append((token, []))
-        else:
-            commands[-1][1].append(_number(token, num_decimals))
-    text, before, at = "", "", ["", ""]
-    for letter, numbers in commands:
-        if letter == "L" and numbers[0] == at[0]:
-            written, used = "V", numbers[1:]
-        elif letter == "L" and numbers[1] == at[1]:
-            written, used = "H", numbers[:1]
-        else:
-            written, used = letter, numbers
-        is_implied = written == before != "M" or (written == "L" and before == "M")
-        text += (" " if is_implied else written) + " ".join(used)
-        before, at = written, numbers[-2:] or at
-    return text.replace(" -", "-")
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -230,8 +180,8 @@ class _Drawing:
             shapes_of_colour = list(same)
             lines += _merged(sorted(shapes_of_colour, key=_look) if colour else shapes_of_colour)
         parts = []
-        for clip, group in itertools.groupby(lines, lambda shape: shape.clip):
-            inner = "".join(map(self._path, _with_markers(list(group))))
+        for clip, of_clip in itertools.groupby(lines, lambda shape: shape.clip):
+            inner = "".join(map(self._path, _with_markers(of_clip)))
             parts.append(inner if clip is None else f'<g clip-path="url(#{self._clip_id(clip)})">{inner}</g>')
         for font, of_font in itertools.groupby(texts, _font):
             inner = "".join(map(_text, of_font))
@@ -240,30 +190,31 @@ class _Drawing:
 
     def clip_path(self, rectangle: ElementTree.Element, number: int) -> str:
         """Write the clip path of that number."""
-        places = " ".join(f'{key}="{_number(rectangle.get(key, "0"), 1)}"' for key in ("x", "y", "width", "height"))
+        places = " ".join(f'{key}="{rounded(rectangle.get(key, "0"), 1)}"' for key in ("x", "y", "width", "height"))
         return f'<clipPath id="{self.name}-c{number}"><rect {places}/></clipPath>'
 
     def _clip_id(self, clip: str) -> str:
         return f"{self.name}-c{self.clip_numbers.setdefault(clip, len(self.clip_numbers))}"
 
     def _path(self, shape: _Shape) -> str:
-        if not shape.marker:
-            return f'<path d="{shape.path}" style="{_path_style(shape.style)}"/>'
         style = _path_style(shape.style)
+        if not shape.marker:
+            return f'<path d="{shape.path}" style="{style}"/>'
         if shape.path.count(" ") == 1 and not shape.line_style:
             place = shape.path.removeprefix("M")
             return f'<path transform="translate({place})" d="{shape.marker}" style="{style}"/>'
         if (shape.marker, style) not in self.markers:
             number = len(self.markers)
-            attributes = f'id="{self.name}-m{number}" markerUnits="userSpaceOnUse" overflow="visible"'
+            attributes = f'id="{self.name}-m{number}" markerUnits="userSpaceOnUse"'
             marker = f'<marker {attributes}><path d="{shape.marker}" style="{style}"/></marker>'
             self.markers[shape.marker, style] = marker
         number = list(self.markers).index((shape.marker, style))
-        line = f"{_path_style(shape.line_style)};" if shape.line_style else ""
-        return f'<path d="{shape.path.replace(" -", "-")}" style="{line}marker:url(#{self.name}-m{number})"/>'
+        line = _path_style(shape.line_style or "fill: none")
+        style = ";".join(filter(None, (line, f"marker:url(#{self.name}-m{number})")))
+        return f'<path d="{shape.path.replace(" -", "-")}" style="{style}"/>'
 
 
-def _with_markers(shapes: Sequence[_Shape]) -> Iterator[_Shape]:
+def _with_markers(shapes: Iterable[_Shape]) -> Iterator[_Shape]:
     """Yield the shapes, a line and the markers on its points as one."""
     waiting: _Shape | None = None
     for shape in shapes:

@@ -16,13 +16,13 @@ from nextn.files import read_json
 from nextn.mtp.cost import active_depths_by_step, training_flops
 from nextn.provenance import collect
 from nextn.study.claims import judge
-from nextn.study.compare import compare
+from nextn.study.compare import compare_all
 from nextn.study.definition import LoadedStudy, Variant
 from nextn.study.evaluate import RunMetrics
 from nextn.study.jobs import Job
 from nextn.study.ladder import reach_targets
 from nextn.study.plan import recipe_as_begun
-from nextn.study.results import Comparison, CurvePoint, RunResult, StudyResult, VariantFacts
+from nextn.study.results import CurvePoint, RunResult, StudyResult, VariantFacts
 from nextn.study.speeds import NUM_TIMING_RUNS, Speeds
 from nextn.study.worker import TRAINED
 from nextn.tables import flattened, from_table, to_table
@@ -44,7 +44,9 @@ def collect_result(
     whole = [job for job in jobs if job.divergence() is None]
     runs = tuple(_run_result(job, recipes[job.run.variant], speeds) for job in whole)
     runs = tuple(_with_draft_model(run, loaded, runs) for run in runs)
-    comparisons = _comparisons(loaded, recipes, runs, speeds)
+    variants = tuple(_facts(given, recipes[given.name], speeds) for given in loaded.variants)
+    overheads = _overheads(loaded, recipes, speeds)
+    comparisons = compare_all(runs, variants, loaded.baseline.name, study.seeds, overheads)
     return StudyResult(
         name=loaded.name,
         title=study.title,
@@ -52,7 +54,7 @@ def collect_result(
         scale=loaded.scale,
         baseline=loaded.baseline.name,
         seeds=study.seeds,
-        variants=tuple(_facts(given, recipes[given.name], speeds) for given in loaded.variants),
+        variants=variants,
         runs=runs,
         comparisons=comparisons,
         targets=reach_targets(runs, study.target_losses),
@@ -66,7 +68,7 @@ def collect_result(
 
 def _facts(given: Variant, recipe: Recipe, speeds: Speeds) -> VariantFacts:
     changes = dict(flattened(given.changes))
-    return VariantFacts(given.name, changes, given.against, speeds.mean_step_s(given.name, recipe))
+    return VariantFacts(given.name, changes, given.against, _rounded(speeds.mean_step_s(given.name, recipe)))
 
 
 def _run_result(job: Job, recipe: Recipe, speeds: Speeds) -> RunResult:
@@ -87,8 +89,24 @@ def _run_result(job: Job, recipe: Recipe, speeds: Speeds) -> RunResult:
             **_expert_loads(job.folder / "metrics.jsonl"),
         }
     return RunResult(
-        run.id, run.variant, run.seed, run.ladder, curve, values, measured.loss_by_position, measured.num_by_position
+        id=run.id,
+        variant=run.variant,
+        seed=run.seed,
+        ladder=run.ladder,
+        curve=curve,
+        values={name: _rounded(value) for name, value in values.items()},
+        loss_by_position=tuple(map(_rounded, measured.loss_by_position)),
+        num_by_position=measured.num_by_position,
     )
+
+
+def _rounded(value: float) -> float:
+    """Seven significant digits, which is what float32 holds and more than any page shows; whole numbers stay exact.
+
+    >>> _rounded(1.346903491536646), _rounded(18204755755008.0)
+    (1.346903, 18204755755008.0)
+    """
+    return value if value == int(value) else float(f"{value:.7g}")
 
 
 def _expert_loads(metrics: Path) -> dict[str, float]:
@@ -126,8 +144,8 @@ def _curve(metrics: Path, recipe: Recipe, variant: str, speeds: Speeds) -> tuple
             step=record["step"],
             num_tokens=record["num_tokens"],
             flops=flops[record["step"] - 1],
-            training_s=training_s[record["step"] - 1],
-            loss=record["loss_per_depth"][0],
+            training_s=_rounded(training_s[record["step"] - 1]),
+            loss=_rounded(record["loss_per_depth"][0]),
         )
         for record in evaluations
     )
@@ -141,47 +159,25 @@ def _with_draft_model(run: RunResult, loaded: LoadedStudy, runs: Sequence[RunRes
     draft = next(other for other in runs if (other.variant, other.seed, other.ladder) == (name, run.seed, None))
     extra = draft.curve[-1]
     curve = tuple(
-        replace(point, flops=point.flops + extra.flops, training_s=point.training_s + extra.training_s)
+        replace(point, flops=point.flops + extra.flops, training_s=_rounded(point.training_s + extra.training_s))
         for point in run.curve
     )
     peaks = (run.values["peak_memory_bytes"], draft.values["peak_memory_bytes"])
     values = run.values | {
         "training_flops": curve[-1].flops,
-        "training_tok_per_s": curve[-1].num_tokens / curve[-1].training_s,
+        "training_tok_per_s": _rounded(curve[-1].num_tokens / curve[-1].training_s),
         "peak_memory_bytes": max(peaks),
     }
     return replace(run, curve=curve, values=values)
 
 
-def _comparisons(
-    loaded: LoadedStudy, recipes: Mapping[str, Recipe], runs: Sequence[RunResult], speeds: Speeds
-) -> tuple[Comparison, ...]:
-    """Every variant against its own baseline: the study's, or the one it names."""
-    baselines = {given.name: given.against or loaded.baseline.name for given in loaded.variants}
-    comparisons: dict[str, list[Comparison]] = {given.name: [] for given in loaded.variants}
-    for baseline in dict.fromkeys([loaded.baseline.name, *baselines.values()]):
-        members = [name for name, against in baselines.items() if against == baseline and name != baseline]
-        overheads = _overheads(loaded, baseline, members, recipes, speeds)
-        group = [run for run in runs if run.variant in (baseline, *members)]
-        is_compared = bool(comparisons[baseline])  # with the study's own baseline
-        for comparison in compare(group, baseline, loaded.study.seeds, overheads):
-            if comparison.variant != baseline or not is_compared:
-                comparisons[comparison.variant].append(comparison)
-    return tuple(itertools.chain.from_iterable(comparisons.values()))
-
-
 def _overheads(
-    loaded: LoadedStudy,
-    baseline: str,
-    members: Sequence[str],
-    recipes: Mapping[str, Recipe],
-    speeds: Speeds,
+    loaded: LoadedStudy, recipes: Mapping[str, Recipe], speeds: Speeds
 ) -> dict[str, dict[str, tuple[float, ...]]]:
-    """Samples of the overheads of some variants over one of them. A draft model's cost is its target's too.
+    """Samples of the overheads of every variant over its baseline. A draft model's cost is its target's too.
 
     FLOPs are exact, so their two samples are equal.
     """
-    flops = {name: _flops_per_step(loaded, recipes, name) for name in (baseline, *members)}
 
     def relative_times(name: str) -> list[float]:
         times = [1 + overhead for overhead in speeds.overheads(name, recipes[name])]
@@ -191,13 +187,14 @@ def _overheads(
         share = recipes[draft].training.num_steps / recipes[name].training.num_steps
         return [a + share * b for a, b in zip(times, relative_times(draft), strict=True)]
 
-    own = relative_times(baseline)
-    return {
-        "time_overhead": {
-            name: tuple(a / b - 1 for a, b in zip(relative_times(name), own, strict=True)) for name in members
-        },
-        "flops_overhead": {name: (flops[name] / flops[baseline] - 1,) * 2 for name in members},
-    }
+    overheads: dict[str, dict[str, tuple[float, ...]]] = {"time_overhead": {}, "flops_overhead": {}}
+    for given in loaded.variants:
+        name, baseline = given.name, given.against or loaded.baseline.name
+        ratios = zip(relative_times(name), relative_times(baseline), strict=True)
+        overheads["time_overhead"][name] = tuple(_rounded(a / b - 1) for a, b in ratios)
+        flops = _rounded(_flops_per_step(loaded, recipes, name) / _flops_per_step(loaded, recipes, baseline) - 1)
+        overheads["flops_overhead"][name] = (flops, flops)
+    return overheads
 
 
 def _variant(loaded: LoadedStudy, name: str) -> Variant:

@@ -6,13 +6,14 @@ of the same seed, and the interval is that of the differences.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from nextn.errors import ConfigError
 from nextn.study.intervals import estimate, excludes
 from nextn.study.ladder import LADDER_METRICS, pair_values
 from nextn.study.metrics import METRICS, Metric, metric_of, metrics_in
-from nextn.study.results import Comparison, Estimate, RunResult
+from nextn.study.results import Comparison, Estimate, RunResult, VariantFacts
 
 _SIZES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
@@ -54,6 +55,40 @@ def compare(
         by_metric = {comparison.metric: comparison for comparison in found}
         comparisons += [by_metric[name] for name in metrics_in(by_metric)]
     return tuple(comparisons)
+
+
+def compare_all(
+    runs: Sequence[RunResult],
+    variants: Sequence[VariantFacts],
+    baseline: str,
+    seeds: Sequence[int],
+    overheads: Mapping[str, Mapping[str, Sequence[float]]],
+) -> tuple[Comparison, ...]:
+    """Compare every variant with its own baseline, the study's or the one it names, in the order of `variants`.
+
+    A variant that others are compared with, and that is itself compared with the study's baseline, is listed once.
+
+    Args:
+        runs: of all variants and of the ladder.
+        variants: of the study.
+        baseline: name of the study's baseline.
+        seeds: order in which values are listed.
+        overheads: samples as `compare` takes them, each over the variant's own baseline.
+    """
+    baselines = {facts.name: facts.against or baseline for facts in variants}
+    comparisons: dict[str, list[Comparison]] = {name: [] for name in baselines}
+    for against in dict.fromkeys([baseline, *baselines.values()]):
+        members = [name for name, other in baselines.items() if other == against and name != against]
+        group = [run for run in runs if run.variant in (against, *members)]
+        samples = {
+            metric: {name: by_variant[name] for name in members if name in by_variant}
+            for metric, by_variant in overheads.items()
+        }
+        is_compared = bool(comparisons[against])  # with the study's own baseline
+        for comparison in compare(group, against, seeds, samples):
+            if comparison.variant != against or not is_compared:
+                comparisons[comparison.variant].append(comparison)
+    return tuple(itertools.chain.from_iterable(comparisons.values()))
 
 
 def known_metric(name: str) -> Metric:

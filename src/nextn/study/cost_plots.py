@@ -7,7 +7,7 @@ from statistics import fmean
 
 from matplotlib.ticker import PercentFormatter
 
-from nextn.report.plots import styled
+from nextn.report.figure import styled
 from nextn.report.svg import MUTED, to_svg
 from nextn.study.drawing import (
     DASH,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.ticker import PercentFormatter
 
-from nextn.report.plots import HEIGHT, new_figure, styled
+from nextn.report.figure import HEIGHT, new_figure, styled
 from nextn.report.svg import to_svg
 from nextn.study.compare import shown_estimate
 from nextn.study.drawing import Plot, draw_interval, name_rows, panels_with_legend, style_of

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from nextn.report.plots import HEIGHT, blank_figure
+from nextn.report.figure import HEIGHT, blank_figure
 from nextn.report.svg import INK, NUM_ARM_COLOURS, arm_colour
 from nextn.study.results import Estimate, RunResult, StudyResult
 from nextn.study.tables import other_variants

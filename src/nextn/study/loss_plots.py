@@ -8,7 +8,7 @@ from statistics import fmean
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from nextn.report.plots import HEIGHT, new_figure, styled, token_unit
+from nextn.report.figure import HEIGHT, new_figure, styled, token_unit
 from nextn.report.svg import INK, MUTED, to_svg
 from nextn.study.drawing import (
     DASH,

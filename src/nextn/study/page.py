@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from markupsafe import Markup
 
 from nextn import files
 from nextn.config import Recipe
-from nextn.report.html import colours, settings_rows, template
+from nextn.report.parts import colours, settings_rows, template
 from nextn.study.compare import known_metric, shown, shown_estimate
 from nextn.study.definition import ModelEvaluationConfig
 from nextn.study.metrics import METRICS, metrics_in
@@ -19,6 +20,7 @@ from nextn.study.results import ClaimResult, Comparison, StudyResult, TargetReac
 from nextn.study.tables import (
     EQUALS,
     MAIN_METRICS,
+    Cell,
     against_baseline,
     baseline_of,
     cell,
@@ -28,12 +30,13 @@ from nextn.study.tables import (
     title_of,
     values_of_run,
 )  # fmt: skip
-from nextn.tables import flattened
-from nextn.wording import plain, plural
+from nextn.tables import flattened, to_table
+from nextn.wording import NOT_MEASURED, plain, plural
 
 if TYPE_CHECKING:
     from nextn.study.drawing import Plot
 
+AnyCell = TypeVar("AnyCell")
 _TONES = {"confirmed": "better", "refuted": "worse", "not resolved at this scale": "unresolved"}
 MAX_NAMES = 4
 """Settings that a sentence lists by name."""
@@ -55,6 +58,13 @@ def render(result: StudyResult) -> str:
     found = comparisons_of(result)
     metrics = metrics_in(metric for _, metric in found)
     main = [name for name in MAIN_METRICS if name in metrics]
+    run_values = [values_of_run(result, index) for index in range(len(result.runs))]
+    claimed = {test.metric for claim in result.claims for test in claim.tests}
+    run_metrics = [
+        name
+        for name in metrics_in(name for values in run_values for name in values)
+        if name in claimed or name in MAIN_METRICS
+    ]
     return template("study.html.j2", "nextn.study").render(
         result=result,
         colours=colours(1),
@@ -72,13 +82,13 @@ def render(result: StudyResult) -> str:
         title_of=title_of,
         metric_of=known_metric,
         targets=_targets(result),
-        run_metrics=metrics_in(name for index in range(len(result.runs)) for name in values_of_run(result, index)),
-        run_values=[values_of_run(result, index) for index in range(len(result.runs))],
+        run_metrics=run_metrics,
+        run_cells=[_run_cells(values, run_metrics) for values in run_values],
         shown=shown,
         plain=plain,
         baseline_of=baseline_of,
-        settings=list(settings_rows(result.base_recipe, Recipe)),
-        measured=list(settings_rows(result.evaluation, ModelEvaluationConfig)),
+        settings=_changed_settings(result),
+        evaluation=list(settings_rows(result.evaluation, ModelEvaluationConfig)),
         provenance=[(name, plain(value)) for name, value in flattened(result.provenance)],
     )
 
@@ -86,6 +96,12 @@ def render(result: StudyResult) -> str:
 def write_page(result: StudyResult, path: Path) -> None:
     """Render to `path`, atomically, replacing an older file. Raises CheckpointError when that cannot be written."""
     files.write_text(path, render(result))
+
+
+def _changed_settings(result: StudyResult) -> list[tuple[str, str, str]]:
+    """Return (name, value, meaning) of the base recipe's settings that are not at their default."""
+    usual = {name: value for name, value, _ in settings_rows(to_table(Recipe()), Recipe)}
+    return [row for row in settings_rows(result.base_recipe, Recipe) if usual.get(row[0]) != row[1]]
 
 
 # -------------------------------------------------------------------------------------------------------------- answer
@@ -204,8 +220,28 @@ def _comparison_rows(
 ) -> list[tuple[str, list[Any]]]:
     num_seeds = len(result.seeds)
     return [
-        (facts.name, [cell(found.get((facts.name, name)), num_seeds) for name in names]) for facts in result.variants
+        (facts.name, spanned([cell(found.get((facts.name, name)), num_seeds) for name in names], Cell(NOT_MEASURED)))
+        for facts in result.variants
     ]
+
+
+def _run_cells(values: Mapping[str, float], names: Sequence[str]) -> list[tuple[str, int]]:
+    """Return a run's values as text, each with the number of columns that it spans."""
+    texts = [shown(values[name], known_metric(name)) if name in values else NOT_MEASURED for name in names]
+    return spanned(texts, NOT_MEASURED)
+
+
+def spanned(cells: Sequence[AnyCell], missing: AnyCell) -> list[tuple[AnyCell, int]]:
+    """Return cells with the number of columns that each spans: neighbours that are `missing` become one.
+
+    >>> spanned(["1", "-", "-", "2", "2"], "-")
+    [('1', 1), ('-', 2), ('2', 1), ('2', 1)]
+    """
+    row: list[tuple[AnyCell, int]] = []
+    for is_missing, group in itertools.groupby(cells, lambda one: one == missing):
+        neighbours = list(group)
+        row += [(missing, len(neighbours))] if is_missing else [(one, 1) for one in neighbours]
+    return row
 
 
 def _targets(result: StudyResult) -> dict[float, dict[str, TargetReached]]:

@@ -10,7 +10,7 @@ import re
 
 from matplotlib.ticker import FuncFormatter
 
-from nextn.report.plots import HEIGHT, new_figure, styled
+from nextn.report.figure import HEIGHT, new_figure, styled
 from nextn.report.svg import INK, to_svg
 from nextn.study.compare import known_metric, shown_estimate
 from nextn.study.cost_plots import decoding_speed_plot, overhead_plot, training_cost_plot

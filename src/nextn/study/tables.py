@@ -12,7 +12,6 @@ from nextn import files
 from nextn.study.compare import known_metric, shown, shown_estimate
 from nextn.study.metrics import Metric, metric_of, metrics_in
 from nextn.study.results import Comparison, Estimate, StudyResult
-from nextn.tables import from_table, to_table
 from nextn.wording import NOT_MEASURED
 
 MAIN_METRICS = (
@@ -162,21 +161,3 @@ def values_of_run(result: StudyResult, index: int) -> dict[str, float]:
         if run.ladder is None and one.variant == run.variant and run.seed in one.seeds:
             values.setdefault(one.metric, one.values[one.seeds.index(run.seed)])
     return values
-
-
-def write_json(result: StudyResult, path: Path) -> None:
-    """The whole study; `read_json` gives back an equal one. Raises CheckpointError when it cannot be written.
-
-    JSON has no tuples: inside `changes`, `base_recipe`, `evaluation` and `provenance` they become lists.
-    """
-    files.write_json(path, to_table(result))
-
-
-def read_json(path: Path) -> StudyResult:
-    """What `write_json` wrote.
-
-    Raises:
-        CheckpointError: the file is missing or is not JSON.
-        ConfigError: it is no study, or one of another version: a key is missing or unknown.
-    """
-    return from_table(StudyResult, files.read_json(path), str(path))
