@@ -101,12 +101,12 @@ def _run_result(job: Job, recipe: Recipe, speeds: Speeds) -> RunResult:
 
 
 def _rounded(value: float) -> float:
-    """Seven significant digits, which is what float32 holds and more than any page shows; whole numbers stay exact.
+    """Round to eight significant digits, more than float32 holds and than any page shows; whole numbers stay exact.
 
     >>> _rounded(1.346903491536646), _rounded(18204755755008.0)
-    (1.346903, 18204755755008.0)
+    (1.3469035, 18204755755008.0)
     """
-    return value if value == int(value) else float(f"{value:.7g}")
+    return value if value == int(value) else float(f"{value:.8g}")
 
 
 def _expert_loads(metrics: Path) -> dict[str, float]:
