@@ -1,4 +1,4 @@
-"""What all plots share: size, style, empty figures and the names at the ends of curves.
+"""Makes figures of one size and style, and names the ends of curves.
 
 matplotlib knows only fixed colours, so each role is drawn in a stand-in colour that `nextn.report.svg` replaces by a
 CSS variable: one SVG serves the light and the dark theme. Text stays text. All plots have one width, so that type has

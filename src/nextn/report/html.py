@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing but itself: style, plots and text are inside it."""
+"""Renders the page of a run as one self-contained HTML file."""
 
 from __future__ import annotations
 

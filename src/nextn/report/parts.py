@@ -1,4 +1,4 @@
-"""What all pages share: their template's environment, their colours, and the table of a recipe's settings."""
+"""Makes the parts that all pages share: templates, colours, and the rows of a recipe's settings."""
 
 from __future__ import annotations
 

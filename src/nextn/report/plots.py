@@ -1,4 +1,4 @@
-"""The plots of a run's page. Every number that a plot shows also stands in a table of the page."""
+"""Plots the page of a run. Every number that a plot shows also stands in a table of the page."""
 
 from __future__ import annotations
 

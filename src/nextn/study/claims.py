@@ -1,4 +1,4 @@
-"""Whether what a study measured confirms a claim, refutes it, or cannot tell.
+"""Judges a claim: measured results confirm it, refute it, or cannot tell.
 
 A verdict rests on 95% intervals over seeds: a claim that some bound holds is confirmed when the whole interval is on
 its right side, refuted when all of it is on the wrong one. A variant is the best when it beats each of the others, in

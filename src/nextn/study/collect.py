@@ -1,4 +1,4 @@
-"""From the files of a study's runs to its result."""
+"""Reads the files of a study's runs and computes its result."""
 
 from __future__ import annotations
 

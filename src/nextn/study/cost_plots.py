@@ -1,4 +1,4 @@
-"""Plots of what a variant costs and what that buys: steps, training time, decoding speed."""
+"""Plots costs and their return: time and FLOPs of a step, loss against training time and decoding speed."""
 
 from __future__ import annotations
 

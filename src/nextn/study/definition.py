@@ -1,4 +1,4 @@
-"""A study as its TOML file describes it: what is varied, over which seeds, what is measured, and which claims it tests.
+"""Defines a study as its TOML file does: variants, seeds, evaluation and claims.
 
 title = "How many future tokens?"
 question = "Which number of extra depths pays?"

@@ -1,4 +1,4 @@
-"""What the plots of a study share: a variant's looks, its runs, legends, intervals and rows.
+"""Draws what the plots of a study share: a variant's colour and marker, legends, intervals and rows.
 
 A variant has one colour and one marker in all plots: the baseline is ink, the others follow in the study's order, and
 no two of the first two dozen share both.

@@ -1,4 +1,4 @@
-"""What a study measures of one trained model: losses, acceptance, speed, whether its Python parses, sizes, tasks."""
+"""Evaluates one trained model: losses, acceptance, speed, share of Python that parses, sizes, tasks."""
 
 from __future__ import annotations
 

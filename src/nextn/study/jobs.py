@@ -1,4 +1,4 @@
-"""Running a study's jobs: one process each, one after another, or side by side on listed devices."""
+"""Runs a study's jobs: one process each, one after another, or side by side on listed devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the baseline would have done with another budget, read from baselines trained at several lengths.
+"""Estimates the baseline at another budget, from baselines trained at several lengths (the ladder).
 
 A point of the ladder is a whole run: its steps and its final loss. Between points the loss is linear in the logarithm
 of the steps; beyond them the line through the last two goes on, down to half of the shortest run and up to twice the

@@ -1,4 +1,4 @@
-"""Reads a study's file: its variants, the recipe of each, and every mistake named with the way out."""
+"""Reads a study's file into variants and recipes. Every mistake is named with its correction."""
 
 from __future__ import annotations
 

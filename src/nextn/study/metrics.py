@@ -1,4 +1,4 @@
-"""What a study measures, by name: of a run alone, and of a run beside the baseline's of the same seed."""
+"""Defines the metrics of a study: of a run alone, and of a run against the baseline's of the same seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A finished study as one HTML page that needs nothing but itself."""
+"""Renders a finished study as one self-contained HTML page."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which runs a study consists of, and the name under which each is found again.
+"""Lists the runs of a study and names each by a hash.
 
-A run's name is a hash of its settings and its text, so two studies that share a run share its folder, and a study that
-was killed or extended trains only what is missing.
+The hash covers a run's settings and its text. So two studies that share a run share its folder, and a study that was
+killed or extended trains only the missing runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plots of a study as inline SVG: those that every study gets, and one of any metric.
+"""Plots a study as inline SVG: the plots of every study, and one of any metric.
 
 They are drawn by the means of `nextn.report.plots`. Every plot says in words what it shows, for readers who do not see
 it.

@@ -1,4 +1,4 @@
-"""What a study found, as frozen dataclasses that go to JSON and come back equal."""
+"""Holds a study's result, as frozen dataclasses that go to JSON and come back equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study from its plan to its result: what is missing is trained and measured, then everything is compared."""
+"""Runs a study: plans its jobs, trains and evaluates what is missing, and compares."""
 
 from __future__ import annotations
 

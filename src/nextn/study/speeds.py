@@ -1,8 +1,9 @@
-"""Seconds of a training step of each variant, measured beside the baseline's in turn.
+"""Times a training step of each variant, interleaved with the baseline's.
 
-A run's own clock tells what else the machine was doing. So the time that a comparison uses is the baseline's median
-step, times how many times longer the variant's step took in the same moments (in each timing run the median over its
-turns, which a disturbed turn does not move; then the mean over timing runs), times the number of steps.
+A run's own clock also measures whatever else the machine was doing. So a comparison uses the baseline's median step times
+the number of steps, times a ratio: the variant's step over the baseline's in the same moments. The ratio of a timing run
+is the median over its turns, which one disturbed turn does not move. The ratio of a variant is the mean over its timing
+runs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""One run of a study in a process of its own: train it, or go on training it, then evaluate it.
+"""Does one job in a process of its own: trains a run, or resumes its training, then evaluates it.
 
-`python -m nextn.study.worker JOB.json` does what a `JobSpec` says, and ends as soon as the process that
+`python -m nextn.study.worker JOB.json` does the job of a `JobSpec`. It ends as soon as the process that
 started it is gone: standard input is a pipe whose other end that process holds. So a killed study leaves nothing behind
 that would write into its folders, and each run's peak memory is its own.
 """
