@@ -1,7 +1,7 @@
 """Compares variants: every metric over seeds, and its difference from the baseline, paired by seed.
 
-A seed moves all variants alike (initial weights, order of the text). So a variant is compared with the baseline's run of
-the same seed, and the interval is that of the differences.
+A seed moves all variants alike (initial weights, order of the text). So a variant is compared with the baseline's run
+of the same seed, and the interval is that of the differences.
 """
 
 from __future__ import annotations

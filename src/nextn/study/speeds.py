@@ -1,9 +1,9 @@
 """Times a training step of each variant, interleaved with the baseline's.
 
-A run's own clock also measures whatever else the machine was doing. So a comparison uses the baseline's median step times
-the number of steps, times a ratio: the variant's step over the baseline's in the same moments. The ratio of a timing run
-is the median over its turns, which one disturbed turn does not move. The ratio of a variant is the mean over its timing
-runs.
+A run's own clock also measures whatever else the machine was doing. So a comparison uses the baseline's median step
+times the number of steps, times a ratio: the variant's step over the baseline's in the same moments. The ratio of a
+timing run is the median over its turns, which one disturbed turn does not move. The ratio of a variant is the mean
+over its timing runs.
 """
 
 from __future__ import annotations
