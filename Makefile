@@ -8,7 +8,7 @@ STAMP_DEV := $(VENV)/.installed-dev
 # torch comes first and alone: under a constraint that names it exactly, pip takes the build this machine offers.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-slow engines test-engines check format benchmark studies studies-small clean
+.PHONY: help demo test test-slow engines test-engines check format benchmark studies studies-small study-pages clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -45,11 +45,14 @@ studies-small: $(STAMP_RUN)  ## The claims page from runs too short to believe (
 	$(BIN)/nextn study recipes/studies/claims.toml --scale small --devices cpu,cpu
 
 STUDIES ?= $(filter-out base-%,$(notdir $(basename $(wildcard recipes/studies/*.toml))))
-studies: $(STAMP_RUN)  ## All studies at their CPU size (many hours, goes on after a kill), pages and tables into docs/studies.
+studies: $(STAMP_RUN)  ## All studies at their CPU size (many hours, resumes after a kill); page and JSON into docs/studies.
 	@set -e; for study in $(STUDIES); do \
 	  $(BIN)/nextn study recipes/studies/$$study.toml --devices cpu,cpu; \
-	  for kind in html json csv; do cp runs/studies/$$study-cpu/study.$$kind docs/studies/$$study.$$kind; done; \
+	  for kind in html json; do cp runs/studies/$$study-cpu/study.$$kind docs/studies/$$study.$$kind; done; \
 	done
+
+study-pages: $(STAMP_RUN)  ## Write the pages in docs/studies again from their JSON (a minute).
+	@set -e; for study in docs/studies/*.json; do $(BIN)/nextn study $$study --render; done
 
 clean:  ## Remove the virtual environment and caches; runs stay.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build src/*.egg-info

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from nextn.study.measuring import TIMED
+from nextn.study.evaluate import TIMED
 from nextn.study.results import StudyResult
 from nextn.study.run import locked
-from nextn.study.tables import read_json
+from nextn.study.study_file import read_json
 
 BASE = """
 [model]
@@ -64,14 +64,14 @@ seeds = [0, 1]
 ladder = [0.5]
 target_losses = [5.0]
 
-[[settings]]
+[[variants]]
 name = "next token"
 set.mtp.num_depths = 0
 
-[[settings]]
+[[variants]]
 name = "three tokens"
 
-[measure]
+[evaluation]
 num_rows = 8
 num_prompts = 2
 prompt_length = 16
@@ -83,15 +83,15 @@ completion_length = 24
 
 [[claims]]
 text = "Three tokens are better."
-tests = [{ measure = "loss", setting = "three tokens", high = 0.0, against_baseline = true }]
+tests = [{ metric = "loss", variant = "three tokens", high = 0.0, against_baseline = true }]
 """
 
-MORE_SETTINGS = """
-[[settings]]
+MORE_VARIANTS = """
+[[variants]]
 name = "two tokens"
 set.mtp.num_depths = 1
 
-[[settings]]
+[[variants]]
 name = "its own draft model"
 set.mtp.num_depths = 0
 draft_model = "next token"
@@ -131,7 +131,7 @@ def uninterrupted(study_folder: Path) -> StudyResult:
 
 
 def without_times(result: StudyResult) -> dict:
-    """All that must be the same on the same machine: runs and their curves, measures, differences."""
+    """All that must be the same on the same machine: runs and their curves, metrics, differences."""
     runs = [
         replace(
             run,
@@ -141,7 +141,7 @@ def without_times(result: StudyResult) -> dict:
         for run in result.runs
     ]
     timed = {*DEPENDS_ON_THE_MACHINE, "time_overhead", "effective_speedup", "loss_at_equal_time"}
-    comparisons = [one for one in result.comparisons if one.measure not in timed]
+    comparisons = [one for one in result.comparisons if one.metric not in timed]
     return {"runs": runs, "comparisons": comparisons, "claims": result.claims}
 
 
@@ -172,8 +172,8 @@ def test_a_study_killed_in_the_middle_and_started_again_ends_with_the_same_table
 
 @pytest.fixture(scope="module")
 def longer(study_folder: Path, uninterrupted: StudyResult) -> StudyResult:
-    """The study with two settings more, in the same folder."""
-    (study_folder / "longer.toml").write_text(STUDY + MORE_SETTINGS)
+    """The study with two variants more, in the same folder."""
+    (study_folder / "longer.toml").write_text(STUDY + MORE_VARIANTS)
     trained = study_folder / "uninterrupted" / "trained"
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("metrics.jsonl")}
     printed = finish(study_folder, "uninterrupted", "longer.toml")
@@ -186,13 +186,13 @@ def longer(study_folder: Path, uninterrupted: StudyResult) -> StudyResult:
 
 def test_an_extended_study_trains_the_new_runs_only(longer: StudyResult, uninterrupted: StudyResult):
     names = ["next token", "three tokens", "two tokens", "its own draft model"]
-    assert [given.name for given in longer.settings] == names
+    assert [given.name for given in longer.variants] == names
     assert {run.id for run in uninterrupted.runs} < {run.id for run in longer.runs}
 
 
 def test_a_model_that_drafts_for_itself_is_always_accepted_and_costs_twice_the_training(longer: StudyResult):
     plain, drafted = (
-        [run for run in longer.runs if (run.setting, run.ladder) == (name, None)]
+        [run for run in longer.runs if (run.variant, run.ladder) == (name, None)]
         for name in ("next token", "its own draft model")
     )
     for target, both in zip(plain, drafted, strict=True):
@@ -214,7 +214,7 @@ def test_a_study_writes_one_row_per_run_and_a_page_that_stands_alone(study_folde
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_a_setting_that_cannot_be_trained_is_named_before_anything_is_trained(study_folder: Path):
+def test_a_variant_that_cannot_be_trained_is_named_before_anything_is_trained(study_folder: Path):
     study = STUDY.replace('name = "three tokens"', 'name = "three tokens"\nset.optimizer.learning_rate = 1e30')
     (study_folder / "diverging.toml").write_text(study)
     process = start(study_folder, "diverging", "diverging.toml")
@@ -234,7 +234,7 @@ def test_a_second_study_in_the_same_folder_is_refused_while_one_runs(study_folde
 
 
 def test_a_run_that_diverges_is_left_out_and_said_so(study_folder: Path, longer: StudyResult):
-    lost = next(run for run in longer.runs if (run.setting, run.seed) == ("two tokens", 1))
+    lost = next(run for run in longer.runs if (run.variant, run.seed) == ("two tokens", 1))
     message = study_folder / "uninterrupted" / "trained" / lost.id / "diverged.json"
     message.write_text(json.dumps({"message": "training diverged at step 7"}))
     try:
@@ -253,7 +253,7 @@ def test_a_failing_run_is_named_with_its_cause_and_the_same_command_goes_on(stud
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 2
     said = " ".join(printed.split())
-    assert re.search("error: the run of '.*' with seed [01] failed: measure.completion_length = 500", said)
+    assert re.search("error: the run of '.*' with seed [01] failed: evaluation.completion_length = 500", said)
     assert "the same command goes on" in said
     assert "Traceback" not in printed
 

@@ -1,4 +1,4 @@
-"""A realistic study for the tests of its page: four settings, three seeds, a ladder, claims of all three verdicts.
+"""A realistic study for the tests of its page: four variants, three seeds, a ladder, claims of all three verdicts.
 
 `python -m tests.unit.study_example PAGE.html` writes its page, to be looked at in a browser.
 """
@@ -11,15 +11,15 @@ from nextn import config, tables
 from nextn.study import page
 from nextn.study.claims import judge
 from nextn.study.compare import compare
-from nextn.study.results import CurvePoint, RunResult, SettingFacts, StudyResult, TargetReached
-from nextn.study.settings import Claim, Criterion, MeasureConfig
+from nextn.study.definition import Claim, Criterion, ModelEvaluationConfig
+from nextn.study.results import CurvePoint, RunResult, StudyResult, TargetReached, VariantFacts
 
 BASELINE = "next token"
 SEEDS = (0, 1, 2)
 NUM_STEPS, TOKENS_PER_STEP, EVALUATE_EVERY = 512, 4096, 32
 LADDER = (0.25, 0.5, 2.0)
-# name: (MTP depths, gain in loss over the baseline, step relative to its, FLOPs relative to its, changed settings)
-SETTINGS = {
+# name: (MTP depths, gain in loss over the baseline, step relative to its, FLOPs relative to its, changed variants)
+VARIANTS = {
     BASELINE: (0, 0.0, 1.0, 1.0, {"mtp.num_depths": 0}),
     "one depth": (1, 0.004, 1.25, 1.19, {"mtp.num_depths": 1, "objective.lambda_": 0.3}),
     "three depths": (3, -0.021, 1.68, 1.58, {"mtp.num_depths": 3, "objective.lambda_": 0.3}),
@@ -39,7 +39,7 @@ def _loss(step: int, num_steps: int, seed: int) -> float:
 
 
 def _curve(name: str, seed: int, num_steps: int) -> tuple[CurvePoint, ...]:
-    num_depths, gain, step, flops, _ = SETTINGS[name]
+    num_depths, gain, step, flops, _ = VARIANTS[name]
     own = gain + 0.0025 * _wobble(seed, len(name), num_depths)
     return tuple(
         CurvePoint(at, at * TOKENS_PER_STEP, at * STEP_FLOPS * flops, at * STEP_S * step,
@@ -49,7 +49,7 @@ def _curve(name: str, seed: int, num_steps: int) -> tuple[CurvePoint, ...]:
 
 
 def _values(name: str, seed: int, loss: float) -> dict[str, float]:
-    depths, _, _, flops, _ = SETTINGS[name]
+    depths, _, _, flops, _ = VARIANTS[name]
     noise = _wobble(seed, len(name), 9)
     values = {
         "loss": loss, "bits_per_byte": loss / math.log(2), "loss_near": loss + 0.21, "loss_far": loss - 0.06,
@@ -83,7 +83,7 @@ def _run(name: str, seed: int, ladder: float | None = None) -> RunResult:
     identity = f"{len(name):04x}{seed:04x}{round(100 * (ladder or 0)):08x}"
     if ladder is not None:
         return RunResult(identity, name, seed, ladder, curve, {"loss": loss}, (), ())
-    depths = SETTINGS[name][0]
+    depths = VARIANTS[name][0]
     positions = tuple(
         loss + 0.34 * 0.5**eighth - 0.05 - 0.002 * depths * eighth + 0.003 * _wobble(seed, eighth, depths)
         for eighth in range(8)
@@ -93,29 +93,32 @@ def _run(name: str, seed: int, ladder: float | None = None) -> RunResult:
 
 CLAIMS = (
     Claim("Three depths with a reverse curriculum predict the next token best",
-          (Criterion(measure="loss", best="three depths, reverse curriculum"),
-           Criterion(measure="loss", setting="three depths, reverse curriculum", high=0.0, against_baseline=True))),
+          (Criterion(metric="loss", best="three depths, reverse curriculum"),
+           Criterion(metric="loss", variant="three depths, reverse curriculum", high=0.0, against_baseline=True))),
     Claim("Three depths take at most 0.7 of the steps to the same loss",
-          (Criterion(measure="steps_ratio", setting="three depths", high=0.7),)),
+          (Criterion(metric="steps_ratio", variant="three depths", high=0.7),)),
     Claim("One depth costs nothing: its loss is within 0.002 nats of the baseline's",
-          (Criterion(measure="loss", setting="one depth", low=-0.005, high=0.0, against_baseline=True),
-           Criterion(measure="time_overhead", setting="one depth", high=0.3))),
+          (Criterion(metric="loss", variant="one depth", low=-0.005, high=0.0, against_baseline=True),
+           Criterion(metric="time_overhead", variant="one depth", high=0.3))),
     Claim("With one depth, more than 65% of sampled drafts <are> accepted",
-          (Criterion(measure="acceptance_sampled_1", setting="one depth", low=0.65),)),
+          (Criterion(metric="acceptance_sampled_1", variant="one depth", low=0.65),)),
     Claim("Training with depths does not hurt the code it writes",
-          (Criterion(measure="parse_share", setting="three depths", low=-0.01, against_baseline=True),)),
+          (Criterion(metric="parse_share", variant="three depths", low=-0.01, against_baseline=True),)),
 )  # fmt: skip
 
 
 def example() -> StudyResult:
     """The study; only the numbers are invented, comparisons and verdicts follow from them."""
-    runs = [_run(name, seed) for seed in SEEDS for name in SETTINGS]
-    runs += [_run(BASELINE, seed, ladder) for seed in SEEDS for ladder in LADDER]
-    sittings = [0.01 * _wobble(sitting, 5) for sitting in range(4)]
-    others = [name for name in SETTINGS if name != BASELINE]
+    runs = [
+        _run(name, seed, ladder)
+        for seed in SEEDS
+        for name, ladder in [*((name, None) for name in VARIANTS), *((BASELINE, ladder) for ladder in LADDER)]
+    ]
+    timing_runs = [0.01 * _wobble(timing_run, 5) for timing_run in range(4)]
+    others = [name for name in VARIANTS if name != BASELINE]
     overheads = {
-        "time_overhead": {name: [SETTINGS[name][2] - 1 + shift for shift in sittings] for name in others},
-        "flops_overhead": {name: [SETTINGS[name][3] - 1] * 2 for name in others},
+        "time_overhead": {name: [VARIANTS[name][2] - 1 + shift for shift in timing_runs] for name in others},
+        "flops_overhead": {name: [VARIANTS[name][3] - 1] * 2 for name in others},
     }
     comparisons = compare(runs, BASELINE, SEEDS, overheads)
     return StudyResult(
@@ -125,20 +128,20 @@ def example() -> StudyResult:
         scale="cpu",
         baseline=BASELINE,
         seeds=SEEDS,
-        settings=tuple(SettingFacts(name, facts[4], "", STEP_S * facts[2]) for name, facts in SETTINGS.items()),
+        variants=tuple(VariantFacts(name, facts[4], "", STEP_S * facts[2]) for name, facts in VARIANTS.items()),
         runs=tuple(runs),
         comparisons=comparisons,
         targets=tuple(
             TargetReached(name, loss, *((3, 3, 300.0, 1.2e13, 104.0) if loss > 1.4 else (2, 3, 470.0, 1.9e13, 165.0)))
             if loss > 1.35
             else TargetReached(name, loss, 0, 3, None, None, None)
-            for name in SETTINGS
+            for name in VARIANTS
             for loss in (1.6, 1.4, 1.2)
         ),
         claims=tuple(judge(claim, comparisons, BASELINE) for claim in CLAIMS),
         notes=("Two runs were resumed <once>.",),
-        base_recipe=_as_json(tables.to_table(config.Recipe())),
-        measure=_as_json(tables.to_table(MeasureConfig())),
+        base_recipe=_as_json(tables.to_table(config.Recipe(training=config.TrainingConfig(num_steps=NUM_STEPS)))),
+        evaluation=_as_json(tables.to_table(ModelEvaluationConfig())),
         provenance={"nextn": {"version": "0.1.0"}, "time_utc": "2026-11-23T03:14:00", "device": "cpu", "threads": 1},
     )
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nextn.study.ladder import (
-    LADDER_MEASURES,
+    LADDER_METRICS,
     Crossing,
     baseline_loss,
     baseline_steps,
@@ -100,7 +100,7 @@ def test_a_baseline_beside_itself_is_equal_in_every_measure():
     own = run(ideal(200), 200)
     ladder = [run(ideal(100), 100, ladder=0.5), run(ideal(400), 400, ladder=2.0)]
     values = pair_values(own, own, ladder)
-    assert set(values) == set(LADDER_MEASURES)
+    assert set(values) == set(LADDER_METRICS)
     for name, value in values.items():
         assert value == pytest.approx(0.0 if name.startswith("loss") else 1.0)
 
@@ -156,8 +156,8 @@ def test_a_curve_that_begins_below_has_reached_it_at_its_first_point_and_one_tha
 
 
 def test_a_target_is_the_mean_over_the_seeds_that_reach_it_and_says_how_many_did():
-    def of(setting, ladder, *points):
-        return RunResult("", setting, 0, ladder, curve(*points), {}, (), ())
+    def of(variant, ladder, *points):
+        return RunResult("", variant, 0, ladder, curve(*points), {}, (), ())
 
     runs = [
         of("next token", None, (100, 3.0), (400, 2.0)),
@@ -166,5 +166,5 @@ def test_a_target_is_the_mean_over_the_seeds_that_reach_it_and_says_how_many_did
         of("4 tokens", None, (100, 3.0), (400, 2.9)),
     ]
     first, other = reach_targets(runs, [2.5])
-    assert (first.setting, first.num_reached, first.num_seeds, first.step) == ("next token", 1, 2, pytest.approx(200))
-    assert (other.setting, other.num_reached, other.num_seeds, other.step) == ("4 tokens", 0, 1, None)
+    assert (first.variant, first.num_reached, first.num_seeds, first.step) == ("next token", 1, 2, pytest.approx(200))
+    assert (other.variant, other.num_reached, other.num_seeds, other.step) == ("4 tokens", 0, 1, None)

@@ -15,16 +15,16 @@ from rich.console import Console
 
 from nextn.cli.study_output import print_result
 from nextn.errors import CheckpointError, ConfigError
-from nextn.study import page, plots, tables
+from nextn.study import page, plots, study_file, tables
 from nextn.study.claims import judge
 from nextn.study.compare import compare
 from nextn.study.cost_plots import pareto_front
+from nextn.study.definition import Claim, Criterion
 from nextn.study.drawing import style_of
-from nextn.study.measures import MEASURES
-from nextn.study.results import Comparison, Estimate, SettingFacts
-from nextn.study.settings import Claim, Criterion
+from nextn.study.metrics import METRICS
+from nextn.study.results import Comparison, Estimate, VariantFacts
 from nextn.study.tables import Cell, cell, comparisons_of
-from tests.unit.study_example import BASELINE, LADDER, SEEDS, SETTINGS, example
+from tests.unit.study_example import BASELINE, LADDER, SEEDS, VARIANTS, example
 from tests.unit.test_report import Page, contrast
 
 
@@ -43,9 +43,9 @@ def words(page_text) -> str:
     return " ".join(" ".join(Page(page_text).words).split())
 
 
-def without(result, *measures: str):
-    """The study as it is when some measures were never taken."""
-    keep = [one for one in result.comparisons if not one.measure.startswith(measures)]
+def without(result, *metrics: str):
+    """The study as it is when some metrics were never taken."""
+    keep = [one for one in result.comparisons if not one.metric.startswith(metrics)]
     return dataclasses.replace(result, comparisons=tuple(keep), claims=())
 
 
@@ -81,8 +81,8 @@ def test_claims_and_what_was_measured_of_them_are_on_the_page_with_a_coloured_ve
 def test_every_claim_stands_beside_a_plot_or_a_link_to_it(result, page_text):
     for claim, part in zip(result.claims, page_text.split('<div class="claim">')[1:], strict=True):
         for test in claim.tests:
-            name = plots.plot_name(test.measure)
-            assert f'id="figure-{name}"' in part or f'href="#figure-{name}"' in part, test.measure
+            name = plots.plot_name(test.metric)
+            assert f'id="figure-{name}"' in part or f'href="#figure-{name}"' in part, test.metric
 
 
 def test_every_mean_difference_and_run_is_on_the_page(result, words):
@@ -94,8 +94,8 @@ def test_every_mean_difference_and_run_is_on_the_page(result, words):
         assert run.id in words
 
 
-def test_settings_changes_notes_recipe_and_provenance_are_on_the_page(result, words):
-    for facts in result.settings:
+def test_variants_changes_notes_recipe_and_provenance_are_on_the_page(result, words):
+    for facts in result.variants:
         assert all(f"{name} =" in words for name in facts.changes)
     assert result.notes[0] in words
     for text in ("training.num_steps", "optimizer steps", "num_prompts", "nextn.version"):
@@ -103,7 +103,7 @@ def test_settings_changes_notes_recipe_and_provenance_are_on_the_page(result, wo
 
 
 @pytest.mark.parametrize(("theme", "index"), [("light", 0), ("dark", 1)])
-def test_every_colour_of_a_setting_and_of_a_verdict_can_be_read_in_both_themes(page_text, theme, index):
+def test_every_colour_of_a_variant_and_of_a_verdict_can_be_read_in_both_themes(page_text, theme, index):
     def colour(name: str) -> tuple[int, ...]:
         return tuple(bytes.fromhex(re.findall(rf"--{name}: #([0-9a-f]{{6}})", page_text)[index]))
 
@@ -123,9 +123,9 @@ def test_a_study_of_which_nothing_was_measured_has_a_page_too(result):
 # -------------------------------------------------------------------------------------------------------------- answer
 
 
-def test_the_answer_names_the_setting_of_lowest_loss_and_says_what_is_not_resolved(result):
+def test_the_answer_names_the_variant_of_lowest_loss_and_says_what_is_not_resolved(result):
     answer = " ".join(page.answer(result))
-    losses = {one.setting: one.value.mean for one in result.comparisons if one.measure == "loss"}
+    losses = {one.variant: one.value.mean for one in result.comparisons if one.metric == "loss"}
     assert f"At equal tokens, the lowest loss is that of {min(losses, key=lambda name: losses[name])!r}" in answer
     assert "At equal FLOPs, the lowest loss is that of 'next token'" in answer
     assert "At equal training time" in answer
@@ -142,12 +142,12 @@ def test_with_one_seed_the_answer_says_that_nothing_is_resolved(result):
     assert 'class="worse"' not in text
 
 
-def test_a_setting_with_a_baseline_of_its_own_is_said_to_be_compared_with_that(result):
+def test_a_variant_with_a_baseline_of_its_own_is_said_to_be_compared_with_that(result):
     changed = tuple(
         dataclasses.replace(facts, against="one depth") if facts.name == "three depths" else facts
-        for facts in result.settings
+        for facts in result.variants
     )
-    other = dataclasses.replace(result, settings=changed)
+    other = dataclasses.replace(result, variants=changed)
     assert any("the loss of 'three depths' less that of 'one depth'" in line for line in page.answer(other))
     assert "against one depth" in page.render(other)
 
@@ -159,14 +159,14 @@ FINITE = st.floats(-2.0, 2.0).map(lambda value: round(value, 3))
 
 @st.composite
 def comparisons(draw) -> Comparison:
-    name = draw(st.sampled_from([name for name, measure in MEASURES.items() if not measure.per_depth]))
-    measure = MEASURES[name]
+    name = draw(st.sampled_from([name for name, metric in METRICS.items() if not metric.per_depth]))
+    metric = METRICS[name]
     mean, half = draw(FINITE), draw(st.floats(0.001, 1.0))
     found = Estimate(mean, mean - half, mean + half, 3)
-    equal = 1.0 if measure.pair and measure.form == "ratio" else 0.0
+    equal = 1.0 if metric.pair and metric.form == "ratio" else 0.0
     resolved = not found.low <= equal <= found.high
-    value = found if measure.pair else Estimate(1.0, 0.9, 1.1, 3)
-    return Comparison("a", name, (mean,) * 3, (0, 1, 2), value, None if measure.pair else found, resolved)
+    value = found if metric.pair else Estimate(1.0, 0.9, 1.1, 3)
+    return Comparison("a", name, (mean,) * 3, (0, 1, 2), value, None if metric.pair else found, resolved)
 
 
 def check_words(words_of) -> None:
@@ -175,14 +175,14 @@ def check_words(words_of) -> None:
     @settings(max_examples=200, deadline=None, derandomize=True)
     @given(comparisons())
     def law(one: Comparison) -> None:
-        measure, found = MEASURES[one.measure], one.difference or one.value
-        equal = 1.0 if measure.pair and measure.form == "ratio" else 0.0
+        metric, found = METRICS[one.metric], one.difference or one.value
+        equal = 1.0 if metric.pair and metric.form == "ratio" else 0.0
         shown: Cell = words_of(one, 3)
         assert ("not resolved" in shown.difference) == (found.low <= equal <= found.high)
         assert (shown.tone == "unresolved") == ("not resolved" in shown.difference)
         if shown.tone in ("better", "worse"):
             is_lower = found.high < equal
-            assert (shown.tone == "better") == (is_lower if measure.better == "lower" else not is_lower)
+            assert (shown.tone == "better") == (is_lower if metric.better == "lower" else not is_lower)
 
     law()
 
@@ -228,24 +228,24 @@ def test_a_difference_of_fewer_seeds_than_the_study_has_says_so(result):
 # --------------------------------------------------------------------------------------------------------------- plots
 
 
-def test_every_plot_names_every_setting_it_shows_and_takes_its_colours_from_the_page(result):
+def test_every_plot_names_every_variant_it_shows_and_takes_its_colours_from_the_page(result):
     drawn = plots.plots(result)
     assert list(drawn) == ["loss-tokens", "loss-time", "differences", "position", "lengths", "acceptance",
                            "acceptance-unconditional", "overhead", "training-cost", "decoding-speed",
                            "ladder"]  # fmt: skip
-    drawn |= {plot.name: plot for plot in (plots.measure_plot(result, "parse_share"),) if plot is not None}
+    drawn |= {plot.name: plot for plot in (plots.metric_plot(result, "parse_share"),) if plot is not None}
     for name, plot in drawn.items():
         alternative = re.search(r'role="img" aria-label="([^"]*)"', plot.svg)
         assert alternative is not None, name
-        for setting in SETTINGS:
-            if setting != BASELINE:
-                assert setting in alternative.group(1), name
+        for variant in VARIANTS:
+            if variant != BASELINE:
+                assert variant in alternative.group(1), name
         assert re.search(r"#[0-9a-f]{6}\b", plot.svg) is None, name
         assert len(plot.words) > 20, name
 
 
 @pytest.mark.parametrize(
-    ("measures", "missing"),
+    ("metrics", "missing"),
     [
         (("al_",), {"lengths"}),
         (("acceptance_",), {"acceptance", "acceptance-unconditional"}),
@@ -254,8 +254,8 @@ def test_every_plot_names_every_setting_it_shows_and_takes_its_colours_from_the_
         (("loss",), {"differences"}),
     ],
 )
-def test_a_plot_without_data_is_left_out_and_only_that_one(result, measures, missing):
-    assert plots.plots(result).keys() - plots.plots(without(result, *measures)).keys() == missing
+def test_a_plot_without_data_is_left_out_and_only_that_one(result, metrics, missing):
+    assert plots.plots(result).keys() - plots.plots(without(result, *metrics)).keys() == missing
 
 
 def test_without_a_ladder_there_is_no_plot_of_it(result):
@@ -264,16 +264,16 @@ def test_without_a_ladder_there_is_no_plot_of_it(result):
 
 
 def test_a_claim_about_a_measure_that_no_plot_is_made_for_gets_one_of_its_own(result):
-    assert plots.measure_plot(result, "peak_memory_bytes").name == plots.plot_name("peak_memory_bytes")
-    assert plots.measure_plot(result, "task/arc_easy/acc") is None
+    assert plots.metric_plot(result, "peak_memory_bytes").name == plots.plot_name("peak_memory_bytes")
+    assert plots.metric_plot(result, "task/arc_easy/acc") is None
 
 
 def test_claims_about_acceptance_of_every_depth_share_the_plot_of_its_kind(result):
-    measures = [f"acceptance_{arm}_unconditional_{depth}" for arm in ("greedy", "sampled") for depth in (1, 2)]
+    metrics = [f"acceptance_{arm}_unconditional_{depth}" for arm in ("greedy", "sampled") for depth in (1, 2)]
     claims = tuple(
-        judge(Claim(measure, (Criterion(measure=measure, setting="three depths", low=0.5),)), result.comparisons,
+        judge(Claim(metric, (Criterion(metric=metric, variant="three depths", low=0.5),)), result.comparisons,
               BASELINE)
-        for measure in measures
+        for metric in metrics
     )  # fmt: skip
     shown, _ = page._claims_and_plots(dataclasses.replace(result, claims=claims))
     assert [plot.name for plot in shown[0].own] == ["acceptance-unconditional"]
@@ -281,14 +281,14 @@ def test_claims_about_acceptance_of_every_depth_share_the_plot_of_its_kind(resul
 
 
 def tells_shares(plot: plots.Plot, result, suffix: str) -> bool:
-    """Whether a plot says the acceptance of every setting that drafts, greedy and sampled, first depth first."""
+    """Whether a plot says the acceptance of every variant that drafts, greedy and sampled, first depth first."""
     found = comparisons_of(result)
     lines = []
     for arm in ("greedy", "sampled"):
-        for setting, num_depths in (("one depth", 1), ("three depths", 3)):
-            measures = [f"acceptance_{arm}{suffix}_{depth}" for depth in range(1, num_depths + 1)]
-            shares = [found[setting, measure].value.mean for measure in measures]
-            lines.append(f"{setting}, {arm}: " + ", ".join(f"{share:.0%}" for share in shares))
+        for variant, num_depths in (("one depth", 1), ("three depths", 3)):
+            metrics = [f"acceptance_{arm}{suffix}_{depth}" for depth in range(1, num_depths + 1)]
+            shares = [found[variant, metric].value.mean for metric in metrics]
+            lines.append(f"{variant}, {arm}: " + ", ".join(f"{share:.0%}" for share in shares))
     return all(line in plot.svg for line in lines)
 
 
@@ -302,10 +302,10 @@ def test_a_plot_of_acceptance_tells_the_shares_of_its_own_kind_and_not_those_of_
         assert not tells_shares(drawn[name], result, other)
 
 
-def test_two_dozen_settings_all_look_different(result):
-    names = [f"setting {number}" for number in range(24)]
+def test_two_dozen_variants_all_look_different(result):
+    names = [f"variant {number}" for number in range(24)]
     many = dataclasses.replace(
-        result, settings=(result.settings[0], *(SettingFacts(name, {}, "", 0.1) for name in names))
+        result, variants=(result.variants[0], *(VariantFacts(name, {}, "", 0.1) for name in names))
     )
     assert len({style_of(many, name) for name in (BASELINE, *names)}) == 25
 
@@ -347,27 +347,27 @@ def test_a_front_that_asks_to_be_beaten_strictly_in_both_is_caught():
 
 
 def test_a_study_survives_json_unchanged(result, tmp_path):
-    tables.write_json(result, tmp_path / "study.json")
-    assert tables.read_json(tmp_path / "study.json") == result
+    study_file.write_json(result, tmp_path / "study.json")
+    assert study_file.read_json(tmp_path / "study.json") == result
 
 
 def test_a_study_of_another_version_is_refused_by_the_key(result, tmp_path):
-    tables.write_json(result, tmp_path / "study.json")
+    study_file.write_json(result, tmp_path / "study.json")
     table = json.loads((tmp_path / "study.json").read_text())
-    del table["runs"][3]["seed"]
+    del table["runs"][3]["seeds"]
     (tmp_path / "study.json").write_text(json.dumps(table))
     with pytest.raises(ConfigError, match=r"study.json.runs\[3\] lacks seed"):
-        tables.read_json(tmp_path / "study.json")
+        study_file.read_json(tmp_path / "study.json")
     with pytest.raises(CheckpointError):
-        tables.read_json(tmp_path / "none.json")
+        study_file.read_json(tmp_path / "none.json")
 
 
 def test_the_csv_has_a_row_per_run_with_every_digit(result, tmp_path):
     tables.write_csv(result, tmp_path / "study.csv")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "study.csv").read_text())))
-    assert len(rows) == len(result.runs) == len(SEEDS) * (len(SETTINGS) + len(LADDER))
+    assert len(rows) == len(result.runs) == len(SEEDS) * (len(VARIANTS) + len(LADDER))
     for row, run in zip(rows, result.runs, strict=True):
-        assert (row["setting"], int(row["seed"]), row["id"]) == (run.setting, run.seed, run.id)
+        assert (row["variant"], int(row["seed"]), row["id"]) == (run.variant, run.seed, run.id)
         assert row["ladder"] == ("" if run.ladder is None else str(run.ladder))
         for name, value in run.values.items():
             assert float(row[name]) == value  # broken by any rounding, since no value of the example is round:
@@ -378,21 +378,13 @@ def test_the_csv_has_a_row_per_run_with_every_digit(result, tmp_path):
 def test_a_pair_measure_stands_in_the_row_of_its_seed(result):
     found = comparisons_of(result)["one depth", "steps_ratio"]
     for index, run in enumerate(result.runs):
-        if run.setting == "one depth":
+        if run.variant == "one depth":
             assert tables.values_of_run(result, index)["steps_ratio"] == found.values[found.seeds.index(run.seed)]
 
 
-def test_markdown_tables_keep_their_columns_whatever_the_names(result):
-    odd = dataclasses.replace(result.claims[0], text="a | b\nc")
-    text = tables.markdown_tables(dataclasses.replace(result, claims=(odd,)))
-    for table in text.strip().split("\n\n"):
-        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
-    assert "a \\| b c" in text
-
-
-def test_the_terminal_shows_settings_differences_and_claims_as_they_are_written(result):
-    facts = dataclasses.replace(result.settings[1], name="stages [[1], [2]]")
-    odd = dataclasses.replace(result, settings=(result.settings[0], facts, *result.settings[2:]))
+def test_the_terminal_shows_variants_differences_and_claims_as_they_are_written(result):
+    facts = dataclasses.replace(result.variants[1], name="stages [[1], [2]]")
+    odd = dataclasses.replace(result, variants=(result.variants[0], facts, *result.variants[2:]))
     console = Console(width=250, record=True, file=io.StringIO())
     print_result(console, odd)
     text = console.export_text()

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from nextn import files
 from nextn.bench.arms import CHECKPOINT
 from nextn.bench.figures import BenchReport
-from nextn.report.html import colours, template
+from nextn.report.parts import colours, template
 from nextn.tables import flattened
 from nextn.wording import plain
 

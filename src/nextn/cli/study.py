@@ -1,4 +1,4 @@
-"""`nextn study`: a grid of settings times seeds, compared honestly."""
+"""`nextn study`: compares ways to train, over seeds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from nextn.cli.console import interruptible, messages, results, status
 from nextn.cli.study_output import StudyProgress, print_plan, print_result
 from nextn.files import make_folder
 from nextn.study.jobs import checked_devices
+from nextn.study.load import load_study
 from nextn.study.page import write_page
 from nextn.study.run import locked, plan_study, run_study
-from nextn.study.settings import load_study
-from nextn.study.tables import write_csv, write_json
+from nextn.study.study_file import read_json, write_json
+from nextn.study.tables import write_csv
 
 
 def study(
-    recipe: Annotated[Path, typer.Argument(help="The study, a TOML file such as recipes/studies/num_tokens.toml.")],
+    recipe: Annotated[Path, typer.Argument(help="The study, a TOML file; with --render, its study.json.")],
     scale: Annotated[
         str, typer.Option(help="Size of the base recipe: cpu, gpu or small in the studies that are shipped.")
     ] = "cpu",
@@ -33,12 +34,15 @@ def study(
         typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change the base recipe; may be repeated."),
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show the plan and the time it takes; train nothing.")] = False,
+    render: Annotated[
+        bool, typer.Option("--render", help="Write the page of a finished study again, beside its study.json.")
+    ] = False,
 ) -> None:
     """Compare ways to train, over several seeds, at equal tokens, FLOPs and time.
 
-    Prints the plan with an estimate of its time, trains and measures what is missing, and writes study.html, study.json
-    and study.csv into OUT/NAME-SCALE (with --set, its values too). Every run has a folder in OUT/trained whose name is
-    the hash of its settings and text, so a killed study goes on where it was, and studies share their runs.
+    Prints the plan with an estimate of its time. Trains and evaluates what is missing. Writes study.html, study.json
+    and study.csv into OUT/NAME-SCALE (with --set, its values too). Every run has a folder in OUT/trained, named by a
+    hash of its settings and text. So a killed study resumes where it stopped, and studies share runs.
 
     Examples:
 
@@ -49,8 +53,15 @@ def study(
         nextn study recipes/studies/claims.toml --scale gpu --devices cuda:0
 
         nextn study recipes/studies/lambda.toml --plan
+
+        nextn study runs/studies/lambda-cpu/study.json --render
     """
     console = messages()
+    if render:
+        page = recipe.with_suffix(".html")
+        write_page(read_json(recipe), page)
+        console.print(f"page: {page}")
+        return
     loaded, used = load_study(recipe, scale, set_ or ()), checked_devices(devices)
     with locked(out), interruptible(console, "finished runs are kept, and the same command goes on"):
         with status(console) as say:

@@ -13,18 +13,18 @@ from rich.table import Table
 
 from nextn.cli.console import figures_table
 from nextn.mtp.cost import model_cost, training_flops, weightless_model
-from nextn.study.compare import known_measure, shown
+from nextn.study.compare import known_metric, shown
+from nextn.study.definition import ModelEvaluationConfig
 from nextn.study.jobs import Job
 from nextn.study.results import Comparison, StudyResult, Verdict
 from nextn.study.run import StudyPlan
-from nextn.study.settings import MeasureConfig
 from nextn.study.tables import NOT_RESOLVED, comparisons_of, difference_text, title_of
 from nextn.wording import NOT_MEASURED, count, duration, plural
 
 PLAIN_LINE_EVERY_S = 30.0
 """Where there is no terminal, at most one line in this many seconds, and one for every finished run."""
 
-_MEASURES = (
+_METRICS = (
     "flops_overhead", "time_overhead", "steps_ratio", "effective_speedup", "al_greedy", "decode_speedup_greedy",
     "parse_share",
 )  # fmt: skip
@@ -35,15 +35,15 @@ def print_plan(console: Console, plan: StudyPlan, devices: Sequence[str]) -> Non
     """Settings with their size, cost and number of runs, and how long all of it will take."""
     loaded = plan.loaded
     table = figures_table(
-        f"{escape(loaded.study.title)}: {plural(len(loaded.settings), 'setting')}, "
+        f"{escape(loaded.study.title)}: {plural(len(loaded.variants), 'variant')}, "
         f"{plural(len(loaded.study.seeds), 'seed')}, size {loaded.scale}",
-        ("setting", "parameters", "tokens", "FLOPs", "step", "runs", "to do"),
+        ("variant", "parameters", "tokens", "FLOPs", "step", "runs", "to do"),
     )
-    for given in loaded.settings:
+    for given in loaded.variants:
         recipe = plan.recipes[given.name]
         training, length = recipe.training, recipe.data.sequence_length
         cost = model_cost(weightless_model(recipe.model, recipe.mtp), length)
-        jobs = [job for job in plan.jobs if job.run.setting == given.name]
+        jobs = [job for job in plan.jobs if job.run.variant == given.name]
         table.add_row(
             escape(given.name),
             count(cost.num_parameters),
@@ -75,14 +75,14 @@ def print_result(console: Console, result: StudyResult) -> None:
 
 
 def _comparison_table(result: StudyResult) -> Table:
-    """A row per setting: loss, its difference from the baseline, costs, decoding, parsing code."""
+    """A row per variant: loss, its difference from the baseline, costs, decoding, parsing code."""
     found = comparisons_of(result)
-    names = [name for name in _MEASURES if any(measure == name for _, measure in found)]
+    names = [name for name in _METRICS if any(metric == name for _, metric in found)]
     table = figures_table(
         f"{escape(result.title)}: mean of seeds {' '.join(map(str, result.seeds))}",
-        ("setting", "loss", "less the baseline's", *map(title_of, names)),
+        ("variant", "loss", "less the baseline's", *map(title_of, names)),
     )
-    for facts in result.settings:
+    for facts in result.variants:
         loss = found.get((facts.name, "loss"))
         row = [_mean(loss), _loss_difference(loss), *(_mean(found.get((facts.name, name))) for name in names)]
         table.add_row(escape(facts.name), *row, style="bold" if facts.name == result.baseline else None)
@@ -92,7 +92,7 @@ def _comparison_table(result: StudyResult) -> Table:
 def _mean(comparison: Comparison | None) -> str:
     if comparison is None:
         return NOT_MEASURED
-    return shown(comparison.value.mean, known_measure(comparison.measure))
+    return shown(comparison.value.mean, known_metric(comparison.metric))
 
 
 def _loss_difference(comparison: Comparison | None) -> str:
@@ -107,14 +107,17 @@ def _num_parallel(devices: Sequence[str]) -> int:
 
 
 def _predicted_s(job: Job) -> float:
-    return job.predicted_s * (1 - job.share_done()) + _measuring_s(job.request.measure)
+    return job.predicted_s * (1 - job.share_done()) + _measuring_s(job.spec.evaluation)
 
 
-def _measuring_s(measure: MeasureConfig) -> float:
+def _measuring_s(evaluation: ModelEvaluationConfig) -> float:
     """Guess of the seconds that measuring a run takes, by what a small model needs; progress corrects it."""
     started_s = 5.0
-    batched = 2 * measure.num_prompts * measure.max_new_tokens + measure.num_completions * measure.completion_length / 2
-    one_by_one = 4 * measure.num_timed_prompts * measure.num_repeats * measure.max_new_tokens
+    batched = (
+        2 * evaluation.num_prompts * evaluation.max_new_tokens
+        + evaluation.num_completions * evaluation.completion_length / 2
+    )
+    one_by_one = 4 * evaluation.num_timed_prompts * evaluation.num_repeats * evaluation.max_new_tokens
     return started_s + batched / 1000 + one_by_one / 300
 
 
@@ -142,7 +145,7 @@ class StudyProgress:
         done_s, elapsed_s = self._predicted_s - left_s, time.perf_counter() - self._started
         pace = elapsed_s / done_s if done_s > 0.05 * self._predicted_s else 1 / self._num_parallel
         num_done = len(self._jobs) - len(self._todo)
-        now = "; ".join(f"{job.run.setting}, seed {job.run.seed}: {_state(job)}" for job in running)
+        now = "; ".join(f"{job.run.variant}, seed {job.run.seed}: {_state(job)}" for job in running)
         text = f"{num_done}/{len(self._jobs)} runs, about {duration(left_s * pace)} left  {now}"
         if self._bar is not None:
             self._bar.update(self._task, completed=done_s, description=text)
@@ -154,7 +157,7 @@ class StudyProgress:
         """Say that a run is done."""
         self._todo.remove(job)
         length = "" if job.run.ladder is None else f", {job.run.ladder:g} times as long"
-        self.console.print(f"done: {job.run.setting}{length}, seed {job.run.seed} ({job.folder})")
+        self.console.print(f"done: {job.run.variant}{length}, seed {job.run.seed} ({job.folder})")
 
     def __enter__(self) -> StudyProgress:
         if self._bar is not None:

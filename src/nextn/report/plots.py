@@ -1,57 +1,21 @@
-"""The report's plots: matplotlib figures as inline SVG that takes its colours and font from the page.
-
-matplotlib knows only fixed colours, so each role is drawn in a stand-in colour that is replaced by a CSS variable
-afterwards (`_ROLES`): one SVG serves the light and the dark theme. Text stays text. All plots share one size, so that
-type has the same size everywhere; every number a plot shows also stands in a table of the page.
-"""
+"""Plots the page of a run. Every number that a plot shows also stands in a table of the page."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from nextn.evaluation.results import DecodingArm, Speedup
+from nextn.report.figure import HEIGHT, label_ends, new_figure, styled, token_unit
+from nextn.report.svg import INK, MUTED, arm_colour, depth_colour, to_svg
 from nextn.training import TeacherForcedEvaluation
 
-WIDTH, HEIGHT = 410, 280  # px of the page at scale 1
-NUM_ARM_COLOURS = 8
 MAX_BARS_WITH_NUMBERS = 10  # more would overlap
 
-INK, MUTED, FRAME = "#010101", "#020202", "#030303"
-"""Stand-ins for the page's colours of text, of lesser text and of lines."""
-
-_ROLES = {INK: "--ink", MUTED: "--muted", FRAME: "--frame"}
-_STYLE: dict[Any, Any] = {
-    "text.parse_math": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "nextn",
-    "font.size": 12,
-    "text.color": INK,
-    "axes.edgecolor": FRAME,
-    "axes.labelcolor": MUTED,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": FRAME,
-    "grid.linewidth": 0.7,
-    "xtick.color": FRAME,
-    "ytick.color": FRAME,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "lines.solid_capstyle": "round",
-}
 _DEPTH_MARKERS = "osD^vP"
 _ARM_MARKERS = "oDsP"
 
@@ -72,10 +36,6 @@ class AcceptingArm(Protocol):
     def acceptance_conditional(self) -> Sequence[float | None]: ...  # noqa: D102
 
 
-styled = matplotlib.rc_context(_STYLE)
-"""Decorator of every plot: the settings hold while it is made, and only then."""
-
-
 @styled
 def loss_plot(history: Sequence[Mapping[str, Any]]) -> str:
     """Cross-entropy per depth over trained tokens: training as a running mean, evaluations as markers."""
@@ -89,25 +49,25 @@ def loss_plot(history: Sequence[Mapping[str, Any]]) -> str:
     for depth in range(num_depths):
         tokens = [line["num_tokens"] / scale for line in train]
         smooth = _running_mean([_number(line["loss_per_depth"][depth]) for line in train])
-        axes.plot(tokens, smooth, color=_depth_colour(depth), linewidth=1.2, alpha=0.65)
+        axes.plot(tokens, smooth, color=depth_colour(depth), linewidth=1.2, alpha=0.65)
         marks = [_number(line["loss_per_depth"][depth]) for line in evaluations]
         axes.plot(
             [line["num_tokens"] / scale for line in evaluations],
             marks,
             _DEPTH_MARKERS[depth % len(_DEPTH_MARKERS)],
-            color=_depth_colour(depth),
+            color=depth_colour(depth),
             markersize=5,
         )
         settled += [value for value in smooth[len(smooth) // 10 :] + marks if math.isfinite(value)]
         if last := [value for value in marks or smooth if math.isfinite(value)]:
-            ends.append((last[-1], f"depth {depth}: {last[-1]:.2f}", _depth_colour(depth)))
+            ends.append((last[-1], f"depth {depth}: {last[-1]:.2f}", depth_colour(depth)))
     axes.set_xlim(left=0, right=max(line["num_tokens"] for line in history) / scale * 1.03)
     if settled:
         lowest, highest = min(settled), max(settled)
         axes.set_ylim(lowest - 0.08 * (highest - lowest), highest + 0.02 * (highest - lowest))
     axes.set_xlabel(f"trained tokens ({unit})")
     axes.set_ylabel("loss (nats per token)")
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
     alternative = "Loss per depth over trained tokens; last values: " + ", ".join(text for _, text, _ in ends)
     return to_svg(figure, "loss", alternative)
 
@@ -129,7 +89,7 @@ def acceptance_kinds_plot(teacher_forced: TeacherForcedEvaluation, arms: Sequenc
     for place, (depth, name, value, text) in zip(places, rows, strict=True):
         if math.isfinite(value):
             decoded = name.startswith("acceptance")
-            axes.barh(place, value, height=0.62, color=_depth_colour(depth), alpha=0.9 if decoded else 0.45)
+            axes.barh(place, value, height=0.62, color=depth_colour(depth), alpha=0.9 if decoded else 0.45)
             axes.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center", fontsize=11)
     axes.set_yticks(places, [name for _, name, _, _ in rows], fontsize=11)
     for depth in range(1, num_depths + 1):
@@ -140,7 +100,7 @@ def acceptance_kinds_plot(teacher_forced: TeacherForcedEvaluation, arms: Sequenc
             xycoords=("axes fraction", "data"),
             textcoords="offset points",
             va="center",
-            color=_depth_colour(depth),
+            color=depth_colour(depth),
             fontweight="bold",
         )
     axes.set_ylim(places[-1] + 0.6, -0.6)
@@ -178,7 +138,7 @@ def acceptance_by_depth_plot(arms: Sequence[AcceptingArm]) -> str:
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("drafted token (depth)")
     axes.set_ylabel("acceptance")
-    _label_ends(axes, [end for end in conditional_ends + unconditional_ends if math.isfinite(end[0])])
+    label_ends(axes, [end for end in conditional_ends + unconditional_ends if math.isfinite(end[0])])
     return to_svg(figure, "by-depth", "Acceptance by depth: " + "; ".join(texts))
 
 
@@ -253,7 +213,7 @@ def speedup_plot(number: int, speedups: Mapping[str, Speedup]) -> str:
     """
     figure, axes = new_figure(height=max(0.5 * HEIGHT, 60 + 26 * len(speedups)))
     for place, speedup in enumerate(speedups.values()):
-        axes.barh(place, speedup.median, height=0.62, color=_depth_colour(1), alpha=0.85 if speedup.lowest > 1 else 0.4)
+        axes.barh(place, speedup.median, height=0.62, color=depth_colour(1), alpha=0.85 if speedup.lowest > 1 else 0.4)
         axes.plot([speedup.lowest, speedup.highest], [place, place], color=INK, linewidth=1.6)
         axes.annotate(
             f"{speedup.median:.2f}", (speedup.highest, place), (5, 0), textcoords="offset points", va="center",
@@ -280,10 +240,10 @@ def expert_load_plot(history: Sequence[Mapping[str, Any]]) -> str | None:
     ratios = [sorted(line["expert_load_max_over_mean"].values()) for line in lines]
     loads, medians = [layers[-1] for layers in ratios], [statistics.median(layers) for layers in ratios]
     tokens = [line["num_tokens"] / scale for line in lines]
-    axes.plot(tokens, loads, color=_depth_colour(0), linewidth=0.7, alpha=0.35)
-    axes.plot(tokens, _running_mean(loads), color=_depth_colour(0), linewidth=1.8, label="worst layer")
+    axes.plot(tokens, loads, color=depth_colour(0), linewidth=0.7, alpha=0.35)
+    axes.plot(tokens, _running_mean(loads), color=depth_colour(0), linewidth=1.8, label="worst layer")
     axes.plot(
-        tokens, _running_mean(medians), color=_depth_colour(0), linewidth=1.2, linestyle="--", label="median layer"
+        tokens, _running_mean(medians), color=depth_colour(0), linewidth=1.2, linestyle="--", label="median layer"
     )
     axes.legend(frameon=False, loc="upper right", fontsize=11)
     axes.axhline(1.0, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
@@ -296,61 +256,8 @@ def expert_load_plot(history: Sequence[Mapping[str, Any]]) -> str | None:
     return to_svg(figure, "experts", f"Busiest expert: at first {loads[0]:.2f}, at last {loads[-1]:.2f} times the mean")
 
 
-def blank_figure(height: float = HEIGHT) -> Figure:
-    """A figure of the page's width, `height` px, without axes."""
-    return Figure((WIDTH / 72, height / 72), dpi=72, layout="constrained")
-
-
-def new_figure(height: float = HEIGHT) -> tuple[Figure, Axes]:
-    """A figure of the page's width, `height` px, and its only axes."""
-    figure = blank_figure(height)
-    return figure, figure.subplots()
-
-
-def to_svg(figure: Figure, name: str, alternative: str) -> str:
-    """The figure as one `<svg>` element for an HTML page: no prolog, metadata, style or fixed colour, unique ids.
-
-    Args:
-        figure: drawn in `INK`, `MUTED`, `FRAME` and the stand-ins of depths and arms alone.
-        name: of the plot, one per page; its ids begin with it.
-        alternative: what a reader who does not see the plot is told.
-    """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue().decode("utf-8")
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    view_box = re.search(r'viewBox="([^"]*)"', svg)
-    assert view_box is not None
-    label = re.sub(r'[<>&"]', " ", alternative)
-    svg = re.sub(r"<svg[^>]*>", f'<svg viewBox="{view_box.group(1)}" role="img" aria-label="{label}">', svg, count=1)
-    referenced = set(re.findall(r'(?:href="|url\()#([\w.]+)', svg))
-    svg = re.sub(r' id="([\w.]+)"', lambda m: f' id="{name}-{m.group(1)}"' if m.group(1) in referenced else "", svg)
-    svg = re.sub(r'xlink:href="#|url\(#', lambda m: f"{m.group().removeprefix('xlink:')}{name}-", svg)
-    svg = re.sub(r"font-family: [^;\"]*;? ?|font: ([\d.]+px) [^;\"]*", r"", svg)
-    svg = re.sub(r"#05([0-9a-f]{2})00", lambda m: f"var(--depth-{int(m.group(1), 16)})", svg)
-    svg = re.sub(r"#06([0-9a-f]{2})00", lambda m: f"var(--arm-{int(m.group(1), 16)})", svg)
-    for stand_in, variable in _ROLES.items():
-        svg = svg.replace(stand_in, f"var({variable})")
-    return re.sub(r"\s*\n\s*", " ", svg)
-
-
-def _depth_colour(depth: int) -> str:
-    return f"#05{depth:02x}00"
-
-
-def arm_colour(index: int) -> str:
-    """Stand-in for the page's colour of arm `index`; they come around after `NUM_ARM_COLOURS`."""
-    return f"#06{index % NUM_ARM_COLOURS:02x}00"
-
-
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
-
-
-def token_unit(num_tokens: int) -> tuple[float, str]:
-    """By what to divide token counts up to `num_tokens`, and what that is called."""
-    return (1e6, "millions") if num_tokens >= 1_000_000 else (1e3, "thousands")
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
@@ -358,21 +265,3 @@ def _running_mean(values: Sequence[float]) -> list[float]:
     reach = len(values) // 80
     windows = [values[max(0, index - reach) : index + reach + 1] for index in range(len(values))]
     return [sum(window) / len(window) for window in windows]
-
-
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Name curves at their right ends, moved apart where the names would overlap; (height, text, colour) each."""
-    low, high = axes.get_ylim()
-    gap = 0.075 * (high - low)
-    ordered = sorted(ends)
-    heights = [height for height, _, _ in ordered]
-    for _ in range(100):  # push neighbours apart until nothing overlaps, and up from the frame's lower edge
-        heights[:1] = [max(height, low) for height in heights[:1]]
-        for index in range(1, len(heights)):
-            overlap = gap - (heights[index] - heights[index - 1])
-            if overlap > 0:
-                heights[index - 1] -= overlap / 2
-                heights[index] += overlap / 2
-    for height, (_, text, colour) in zip(heights, ordered, strict=True):
-        axes.annotate(text, (1, height), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                      va="center", color=colour, fontsize=11.5, annotation_clip=False)  # fmt: skip

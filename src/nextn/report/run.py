@@ -1,4 +1,4 @@
-"""The report of one training run: facts from its folder, decoding measured now."""
+"""Builds the report of a training run: facts from its folder, and decoding measured now."""
 
 from __future__ import annotations
 

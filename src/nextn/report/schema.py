@@ -1,4 +1,4 @@
-"""What a report shows, as frozen dataclasses that go to JSON and come back equal.
+"""Holds the report of a run, as frozen dataclasses that go to JSON and come back equal.
 
 Every figure on the page is a field here or follows from one (a median of repeats, a share of a histogram). Shares lie
 in 0..1, overheads are relative to doing without; depth k and drafted token k are 1-based, K is the number of trained

@@ -1,1 +1,1 @@
-"""Studies: a grid of training runs times seeds, compared at equal tokens, FLOPs and time, with honest intervals."""
+"""Studies: trains variants of a recipe over seeds and compares them at equal tokens, FLOPs and time."""

@@ -1,4 +1,4 @@
-"""Whether sampled Python is Python: functions' beginnings from held-out files, and whether their completions parse."""
+"""Measures how much sampled Python parses: prompts from held-out functions, and a parser of their completions."""
 
 from __future__ import annotations
 

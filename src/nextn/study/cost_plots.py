@@ -1,4 +1,4 @@
-"""Plots of what a setting costs and what that buys: steps, training time, decoding speed."""
+"""Plots costs and their return: time and FLOPs of a step, loss against training time and decoding speed."""
 
 from __future__ import annotations
 
@@ -7,36 +7,37 @@ from statistics import fmean
 
 from matplotlib.ticker import PercentFormatter
 
-from nextn.report.plots import MUTED, styled, to_svg
+from nextn.report.figure import styled
+from nextn.report.svg import MUTED, to_svg
 from nextn.study.drawing import (
     DASH,
     Plot,
     draw_interval,
     figure_with_legend,
-    runs_by_setting,
+    runs_by_variant,
     style_of,
     time_unit,
 )
 from nextn.study.results import StudyResult
-from nextn.study.tables import comparisons_of, other_settings
+from nextn.study.tables import comparisons_of, other_variants
 
 
 @styled
 def overhead_plot(result: StudyResult) -> Plot | None:
     """Measured time of a training step against its calculated FLOPs, both beside the baseline's."""
     found = comparisons_of(result)
-    measures = ("flops_overhead", "time_overhead")
-    names = [name for name in other_settings(result) if all((name, measure) in found for measure in measures)]
+    metrics = ("flops_overhead", "time_overhead")
+    names = [name for name in other_variants(result) if all((name, metric) in found for metric in metrics)]
     if not names:
         return None
     figure, axes = figure_with_legend(result, names)
     texts = []
     highest = 0.0
-    for setting in names:
-        flops, seconds = (found[setting, measure].value for measure in measures)
-        draw_interval(axes, seconds, flops.mean, style_of(result, setting), filled=True, upright=True)
+    for variant in names:
+        flops, seconds = (found[variant, metric].value for metric in metrics)
+        draw_interval(axes, seconds, flops.mean, style_of(result, variant), filled=True, upright=True)
         highest = max(highest, flops.mean, seconds.mean)
-        texts.append(f"{setting}: FLOPs {flops.mean:+.0%}, time {seconds.mean:+.0%}")
+        texts.append(f"{variant}: FLOPs {flops.mean:+.0%}, time {seconds.mean:+.0%}")
     axes.plot([0, highest], [0, highest], color=MUTED, linewidth=1, linestyle=DASH)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -47,14 +48,14 @@ def overhead_plot(result: StudyResult) -> Plot | None:
 
 
 def training_cost_plot(result: StudyResult) -> Plot | None:
-    """Loss against the seconds of training; the settings that nothing beats in both are joined."""
+    """Loss against the seconds of training; the variants that nothing beats in both are joined."""
     points: dict[str, list[tuple[float, float]]] = {}
-    for setting, runs in runs_by_setting(result).items():
+    for variant, runs in runs_by_variant(result).items():
         for run in runs:
             if run.curve and "loss" in run.values:
-                points.setdefault(setting, []).append((run.curve[-1].training_s, run.values["loss"]))
+                points.setdefault(variant, []).append((run.curve[-1].training_s, run.values["loss"]))
     scale, unit = time_unit(max((seconds for seeds in points.values() for seconds, _ in seeds), default=0.0))
-    scaled = {setting: [(seconds / scale, loss) for seconds, loss in seeds] for setting, seeds in points.items()}
+    scaled = {variant: [(seconds / scale, loss) for seconds, loss in seeds] for variant, seeds in points.items()}
     label = f"training time ({unit})"
     return _pareto_plot(result, scaled, "training-cost", "Loss against training time", label, more_is_better=False)
 
@@ -62,11 +63,11 @@ def training_cost_plot(result: StudyResult) -> Plot | None:
 def decoding_speed_plot(result: StudyResult) -> Plot | None:
     """Loss against decoding speed: with drafts where there are any, plain otherwise."""
     points: dict[str, list[tuple[float, float]]] = {}
-    for setting, runs in runs_by_setting(result).items():
+    for variant, runs in runs_by_variant(result).items():
         for run in runs:
             rate = run.values.get("decode_tok_per_s", run.values.get("decode_tok_per_s_plain"))
             if rate is not None and "loss" in run.values:
-                points.setdefault(setting, []).append((rate, run.values["loss"]))
+                points.setdefault(variant, []).append((rate, run.values["loss"]))
     label = "greedy decoding (tokens per second)"
     return _pareto_plot(result, points, "decoding-speed", "Loss against decoding speed", label, more_is_better=True)
 
@@ -79,26 +80,26 @@ def _pareto_plot(
     if len(points) < 2:
         return None
     figure, axes = figure_with_legend(result, list(points))
-    means = {setting: (fmean(x for x, _ in seeds), fmean(y for _, y in seeds)) for setting, seeds in points.items()}
+    means = {variant: (fmean(x for x, _ in seeds), fmean(y for _, y in seeds)) for variant, seeds in points.items()}
     sign = -1 if more_is_better else 1
-    front = pareto_front({setting: (sign * x, y) for setting, (x, y) in means.items()})
-    joined = sorted(means[setting] for setting in front)
+    front = pareto_front({variant: (sign * x, y) for variant, (x, y) in means.items()})
+    joined = sorted(means[variant] for variant in front)
     axes.plot([x for x, _ in joined], [y for _, y in joined], color=MUTED, linewidth=1, linestyle=DASH, zorder=1)
-    for setting, seeds in points.items():
-        style = style_of(result, setting)
+    for variant, seeds in points.items():
+        style = style_of(result, variant)
         axes.plot(
             [x for x, _ in seeds], [y for _, y in seeds], style.marker, color=style.colour, markersize=3.5, alpha=0.4
         )
-        axes.plot(*means[setting], style.marker, color=style.colour, markersize=8)
+        axes.plot(*means[variant], style.marker, color=style.colour, markersize=8)
     axes.set_xlabel(label)
     axes.set_ylabel("loss (nats per token)")
     axes.margins(0.12)
     corner = "right" if more_is_better else "left"
     words = (
-        f"Small: seeds. Large: their mean. Better is lower and further {corner}; the dashed line joins the settings "
+        f"Small: seeds. Large: their mean. Better is lower and further {corner}; the dashed line joins the variants "
         "that no other beats in both."
     )
-    texts = [f"{setting} loss {y:.3f} at {x:.3g}" for setting, (x, y) in means.items()]
+    texts = [f"{variant} loss {y:.3f} at {x:.3g}" for variant, (x, y) in means.items()]
     alternative = f"{title}, {label}: {'; '.join(texts)}. Beaten by none in both: {', '.join(front)}"
     return Plot(name, title, words, to_svg(figure, name, alternative))
 

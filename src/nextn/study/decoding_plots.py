@@ -4,28 +4,29 @@ from __future__ import annotations
 
 from matplotlib.ticker import PercentFormatter
 
-from nextn.report.plots import HEIGHT, new_figure, styled, to_svg
+from nextn.report.figure import HEIGHT, new_figure, styled
+from nextn.report.svg import to_svg
 from nextn.study.compare import shown_estimate
 from nextn.study.drawing import Plot, draw_interval, name_rows, panels_with_legend, style_of
-from nextn.study.measures import MEASURES
+from nextn.study.metrics import METRICS
 from nextn.study.results import StudyResult
 from nextn.study.tables import comparisons_of
 
 
 @styled
 def lengths_plot(result: StudyResult) -> Plot | None:
-    """Mean acceptance length by setting, greedy filled and sampled hollow, with 95% intervals."""
+    """Mean acceptance length by variant, greedy filled and sampled hollow, with 95% intervals."""
     found = comparisons_of(result)
-    names = [one.name for one in result.settings if {(one.name, "al_greedy"), (one.name, "al_sampled")} & found.keys()]
+    names = [one.name for one in result.variants if {(one.name, "al_greedy"), (one.name, "al_sampled")} & found.keys()]
     if not names:
         return None
     figure, axes = new_figure(max(HEIGHT, 80 + 34 * len(names)))
     texts = []
-    for row, setting in enumerate(names):
-        for measure, shift, filled in (("al_greedy", -0.16, True), ("al_sampled", 0.16, False)):
-            if comparison := found.get((setting, measure)):
-                draw_interval(axes, comparison.value, row + shift, style_of(result, setting), filled=filled)
-                texts.append(f"{setting} {measure} {shown_estimate(comparison.value, MEASURES[measure])}")
+    for row, variant in enumerate(names):
+        for metric, shift, filled in (("al_greedy", -0.16, True), ("al_sampled", 0.16, False)):
+            if comparison := found.get((variant, metric)):
+                draw_interval(axes, comparison.value, row + shift, style_of(result, variant), filled=filled)
+                texts.append(f"{variant} {metric} {shown_estimate(comparison.value, METRICS[metric])}")
     name_rows(axes, names)
     axes.set_xlim(left=1)
     axes.set_xlabel("tokens per trunk forward (AL)")
@@ -35,7 +36,7 @@ def lengths_plot(result: StudyResult) -> Plot | None:
 
 
 def conditional_acceptance_plot(result: StudyResult) -> Plot | None:
-    """Conditional acceptance by depth of every setting, greedy and sampled beside each other."""
+    """Conditional acceptance by depth of every variant, greedy and sampled beside each other."""
     words = "Share of drafts of each depth that are accepted, given that all earlier ones of the cycle were."
     return _acceptance_plot(result, "acceptance", "Acceptance by depth", words, unconditional=False)
 
@@ -54,17 +55,17 @@ def _acceptance_plot(result: StudyResult, name: str, title: str, words: str, *, 
     panels = {kind: lines for kind, lines in panels.items() if lines}
     if not panels:
         return None
-    names = [one.name for one in result.settings if any(one.name in lines for lines in panels.values())]
+    names = [one.name for one in result.variants if any(one.name in lines for lines in panels.values())]
     figure, row = panels_with_legend(result, names, len(panels))
     texts = []
     for axes, (kind, lines) in zip(row, panels.items(), strict=True):
-        for setting, shares in lines.items():
-            style = style_of(result, setting)
+        for variant, shares in lines.items():
+            style = style_of(result, variant)
             axes.plot(
                 list(shares), list(shares.values()), color=style.colour, marker=style.marker, markersize=6,
                 linewidth=1.5,
             )  # fmt: skip
-            texts.append(f"{setting}, {kind}: " + ", ".join(f"{share:.0%}" for share in shares.values()))
+            texts.append(f"{variant}, {kind}: " + ", ".join(f"{share:.0%}" for share in shares.values()))
         deepest = max(max(shares) for shares in lines.values())
         axes.set_xticks(range(1, deepest + 1))
         axes.set_xlim(0.75, deepest + 0.25)
@@ -77,9 +78,9 @@ def _acceptance_plot(result: StudyResult, name: str, title: str, words: str, *, 
 
 
 def _by_depth(result: StudyResult, stem: str) -> dict[str, dict[int, float]]:
-    """By setting and depth, the means of this measure, the first depth first; settings without it are left out."""
-    means: dict[str, dict[int, float]] = {facts.name: {} for facts in result.settings}
-    for (setting, measure), comparison in comparisons_of(result).items():
-        if (depth := measure.removeprefix(f"{stem}_")).isdigit():
-            means[setting][int(depth)] = comparison.value.mean
-    return {setting: dict(sorted(shares.items())) for setting, shares in means.items() if shares}
+    """By variant and depth, the means of this metric, the first depth first; variants without it are left out."""
+    means: dict[str, dict[int, float]] = {facts.name: {} for facts in result.variants}
+    for (variant, metric), comparison in comparisons_of(result).items():
+        if (depth := metric.removeprefix(f"{stem}_")).isdigit():
+            means[variant][int(depth)] = comparison.value.mean
+    return {variant: dict(sorted(shares.items())) for variant, shares in means.items() if shares}

@@ -1,6 +1,6 @@
-"""What the plots of a study share: a setting's looks, its runs, legends, intervals and rows.
+"""Draws what the plots of a study share: a variant's colour and marker, legends, intervals and rows.
 
-A setting has one colour and one marker in all plots: the baseline is ink, the others follow in the study's order, and
+A variant has one colour and one marker in all plots: the baseline is ink, the others follow in the study's order, and
 no two of the first two dozen share both.
 """
 
@@ -14,13 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from nextn.report.plots import HEIGHT, INK, NUM_ARM_COLOURS, arm_colour, blank_figure
+from nextn.report.figure import HEIGHT, blank_figure
+from nextn.report.svg import INK, NUM_ARM_COLOURS, arm_colour
 from nextn.study.results import Estimate, RunResult, StudyResult
-from nextn.study.tables import other_settings
+from nextn.study.tables import other_variants
 from nextn.wording import plain
 
 DASH = (0, (2, 2))
-"""Line style of what is no setting's own."""
+"""Line style of what is no variant's own."""
 
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "p", "h", "*")
 _COLOURS = (0, 4, 1, 5, 2, 6, 7, 3)  # neighbours differ in hue
@@ -46,7 +47,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Style:
-    """How a setting looks.
+    """How a variant looks.
 
     Attributes:
         colour: stand-in for a colour of the page.
@@ -57,23 +58,23 @@ class Style:
     marker: str
 
 
-# ------------------------------------------------------------------------------------------------------------ settings
+# ------------------------------------------------------------------------------------------------------------ variants
 
 
-def runs_by_setting(result: StudyResult) -> dict[str, list[RunResult]]:
-    """Runs of each setting that has any, those of the ladder left out."""
+def runs_by_variant(result: StudyResult) -> dict[str, list[RunResult]]:
+    """Runs of each variant that has any, those of the ladder left out."""
     runs: dict[str, list[RunResult]] = {}
-    for facts in result.settings:
-        if own := [run for run in result.runs if run.setting == facts.name and run.ladder is None]:
+    for facts in result.variants:
+        if own := [run for run in result.runs if run.variant == facts.name and run.ladder is None]:
             runs[facts.name] = own
     return runs
 
 
-def style_of(result: StudyResult, setting: str) -> Style:
+def style_of(result: StudyResult, variant: str) -> Style:
     """Ink for the baseline; colours and markers go around at different lengths, so that pairs do not recur soon."""
-    if setting == result.baseline:
+    if variant == result.baseline:
         return Style(INK, _MARKERS[0])
-    index = other_settings(result).index(setting)
+    index = other_variants(result).index(variant)
     return Style(arm_colour(_COLOURS[index % NUM_ARM_COLOURS]), _MARKERS[(index + 1) % len(_MARKERS)])
 
 
@@ -81,7 +82,7 @@ def style_of(result: StudyResult, setting: str) -> Style:
 
 
 def figure_with_legend(result: StudyResult, names: Sequence[str]) -> tuple[Figure, Axes]:
-    """A figure with a legend of these settings below it, and its only axes."""
+    """A figure with a legend of these variants below it, and its only axes."""
     figure, panels = panels_with_legend(result, names, 1)
     return figure, panels[0]
 

@@ -1,4 +1,4 @@
-"""Means over seeds with their 95% intervals, by Student's t: honest for the handful of seeds that a study has."""
+"""Computes means over seeds and their 95% intervals by Student's t, which holds for a handful of seeds."""
 
 from __future__ import annotations
 

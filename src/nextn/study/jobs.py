@@ -1,4 +1,4 @@
-"""Running a study's jobs: one process each, one after another, or side by side on listed devices."""
+"""Runs a study's jobs: one process each, one after another, or side by side on listed devices."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from typing import Protocol
 from nextn.errors import ConfigError, StudyError
 from nextn.files import make_folder, read_json
 from nextn.study.plan import PlannedRun
-from nextn.study.worker import DIVERGED, Request, is_trained, write_request
+from nextn.study.worker import DIVERGED, JobSpec, is_trained, write_spec
 from nextn.training import read_metrics
 
 POLL_S = 0.5
-LOG, REQUEST = "worker.log", "request.json"
+LOG, SPEC = "worker.log", "job.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run to train and to measure, as far as that is not done.
+    """One run to train and to evaluate, as far as that is not done.
 
     Attributes:
         run: what to train.
-        request: what the worker is told; its number of threads is filled in when it starts.
+        spec: what the worker is told; its number of threads is filled in when it starts.
         predicted_s: seconds that training takes on a quiet machine, all its cores used.
     """
 
     run: PlannedRun
-    request: Request
+    spec: JobSpec
     predicted_s: float
 
     @property
     def folder(self) -> Path:
         """Of the run."""
-        return Path(self.request.folder)
+        return Path(self.spec.folder)
 
     def is_done(self) -> bool:
         """True iff nothing is left to do."""
-        is_whole = is_trained(self.folder) and Path(self.request.measures).exists()
+        is_whole = is_trained(self.folder) and Path(self.spec.metrics).exists()
         return is_whole or self.divergence() is not None
 
     def divergence(self) -> str | None:
         """How its training failed, or that of its draft model; None: it did not."""
-        for folder in (self.folder, Path(self.request.draft_model or self.folder)):
+        for folder in (self.folder, Path(self.spec.draft_model or self.folder)):
             if (folder / DIVERGED).exists():
                 return str(read_json(folder / DIVERGED)["message"])
         return None
@@ -63,10 +63,10 @@ class Job:
 
     def is_ready(self) -> bool:
         """False while the model that is to draft for it is not trained."""
-        return self.request.draft_model is None or is_trained(Path(self.request.draft_model))
+        return self.spec.draft_model is None or is_trained(Path(self.spec.draft_model))
 
 
-class Progress(Protocol):
+class JobMonitor(Protocol):
     """Told how far the study is."""
 
     def update(self, running: Sequence[Job]) -> None:
@@ -82,10 +82,10 @@ class Worker:
     def __init__(self, job: Job, device: str, num_threads: int | None) -> None:
         self.job, self.device = job, device
         make_folder(job.folder)
-        write_request(replace(job.request, num_threads=num_threads), job.folder / REQUEST)
+        write_spec(replace(job.spec, num_threads=num_threads), job.folder / SPEC)
         with (job.folder / LOG).open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "nextn.study.worker", str(job.folder / REQUEST)],
+                [sys.executable, "-m", "nextn.study.worker", str(job.folder / SPEC)],
                 stdin=subprocess.PIPE, stdout=log, stderr=log,
                 env=os.environ | _environment(device, num_threads),
             )  # fmt: skip
@@ -115,13 +115,13 @@ def checked_devices(text: str) -> list[str]:
     return devices
 
 
-def run_jobs(jobs: Sequence[Job], devices: Sequence[str], progress: Progress) -> None:
+def run_jobs(jobs: Sequence[Job], devices: Sequence[str], monitor: JobMonitor) -> None:
     """Do all jobs that are not done; jobs of one run never at the same time.
 
     Args:
         jobs: in the order wanted.
         devices: where, one job at a time each; a device listed twice takes two, CPUs share their cores.
-        progress: told what happens.
+        monitor: told what happens.
 
     Raises:
         StudyError: a worker failed; the others are stopped, and what they have saved is gone on with next time.
@@ -140,10 +140,10 @@ def run_jobs(jobs: Sequence[Job], devices: Sequence[str], progress: Progress) ->
                 free.append(worker.device)
                 if worker.process.returncode or not worker.job.is_done():
                     raise _failure(worker)
-                progress.finished(worker.job)
-            progress.update([worker.job for worker in running])
+                monitor.finished(worker.job)
+            monitor.update([worker.job for worker in running])
             if waiting and not running and _next_job(waiting, running) is None:
-                raise StudyError(f"the run of {waiting[0].run.setting!r} waits for a draft model that no job trains")
+                raise StudyError(f"the run of {waiting[0].run.variant!r} waits for a draft model that no job trains")
             time.sleep(POLL_S)
     finally:
         for worker in running:
@@ -189,6 +189,6 @@ def _failure(worker: Worker) -> StudyError:
     if code < 0:
         said = f"its process was ended by {signal.Signals(-code).name}; if that was for lack of memory, lower the batch"
     return StudyError(
-        f"the run of {run.setting!r} with seed {run.seed} failed: {said} (all of it: {log}). Finished runs are kept: "
+        f"the run of {run.variant!r} with seed {run.seed} failed: {said} (all of it: {log}). Finished runs are kept: "
         "once the cause is mended, the same command goes on"
     )

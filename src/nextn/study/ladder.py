@@ -1,4 +1,4 @@
-"""What the baseline would have done with another budget, read from baselines trained at several lengths.
+"""Estimates the baseline at another budget, from baselines trained at several lengths (the ladder).
 
 A point of the ladder is a whole run: its steps and its final loss. Between points the loss is linear in the logarithm
 of the steps; beyond them the line through the last two goes on, down to half of the shortest run and up to twice the
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from nextn.study.results import CurvePoint, RunResult, TargetReached
 
-LADDER_MEASURES = ("steps_ratio", "flops_ratio", "effective_speedup", "loss_at_equal_flops", "loss_at_equal_time")
+LADDER_METRICS = ("steps_ratio", "flops_ratio", "effective_speedup", "loss_at_equal_flops", "loss_at_equal_time")
 """Measures that need a ladder."""
 
 
@@ -72,12 +72,12 @@ def baseline_steps(points: Sequence[tuple[float, float]], loss: float) -> float 
 
 
 def pair_values(run: RunResult, baseline: RunResult, ladder: Sequence[RunResult]) -> dict[str, float]:
-    """`LADDER_MEASURES` of a run; what lies beyond the ladder's reach is left out, and without a ladder everything.
+    """`LADDER_METRICS` of a run; what lies beyond the ladder's reach is left out, and without a ladder everything.
 
     A step of the baseline always costs the same, so its FLOPs and seconds at any length follow from its own run.
 
     Args:
-        run: a setting's own run.
+        run: a variant's own run.
         baseline: the baseline's own run of the same seed.
         ladder: the baselines of other lengths of the same seed.
     """
@@ -119,7 +119,7 @@ def reached(curve: Sequence[CurvePoint], loss: float) -> Crossing | None:
 
 
 def reach_targets(runs: Sequence[RunResult], losses: Sequence[float]) -> tuple[TargetReached, ...]:
-    """When every setting reaches every loss (nats): settings in the order of the runs, losses as given.
+    """When every variant reaches every loss (nats): variants in the order of the runs, losses as given.
 
     Args:
         runs: of a study; those of the ladder are passed over.
@@ -128,18 +128,18 @@ def reach_targets(runs: Sequence[RunResult], losses: Sequence[float]) -> tuple[T
     curves: dict[str, list[tuple[CurvePoint, ...]]] = {}
     for run in runs:
         if run.ladder is None:
-            curves.setdefault(run.setting, []).append(run.curve)
-    return tuple(_target(setting, curves[setting], loss) for setting in curves for loss in losses)
+            curves.setdefault(run.variant, []).append(run.curve)
+    return tuple(_target(variant, curves[variant], loss) for variant in curves for loss in losses)
 
 
-def _target(setting: str, curves: Sequence[Sequence[CurvePoint]], loss: float) -> TargetReached:
+def _target(variant: str, curves: Sequence[Sequence[CurvePoint]], loss: float) -> TargetReached:
     found = [crossing for curve in curves if (crossing := reached(curve, loss)) is not None]
     if not found:
-        return TargetReached(setting, loss, 0, len(curves), None, None, None)
+        return TargetReached(variant, loss, 0, len(curves), None, None, None)
     step, flops, training_s = (
         statistics.fmean(getattr(crossing, name) for crossing in found) for name in ("step", "flops", "training_s")
     )
-    return TargetReached(setting, loss, len(found), len(curves), step, flops, training_s)
+    return TargetReached(variant, loss, len(found), len(curves), step, flops, training_s)
 
 
 def _decreasing(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -8,7 +8,8 @@ from statistics import fmean
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from nextn.report.plots import HEIGHT, INK, MUTED, new_figure, styled, to_svg, token_unit
+from nextn.report.figure import HEIGHT, new_figure, styled, token_unit
+from nextn.report.svg import INK, MUTED, to_svg
 from nextn.study.drawing import (
     DASH,
     Plot,
@@ -16,7 +17,7 @@ from nextn.study.drawing import (
     draw_interval,
     figure_with_legend,
     name_rows,
-    runs_by_setting,
+    runs_by_variant,
     style_of,
     time_unit,
 )
@@ -28,7 +29,7 @@ from nextn.study.tables import (
     baseline_of,
     comparisons_of,
     difference_text,
-    other_settings,
+    other_variants,
 )
 
 _NUM_EIGHTHS = 8
@@ -66,8 +67,8 @@ def _curves_plot(
 ) -> Plot:  # fmt: skip
     figure, axes = figure_with_legend(result, list(curves))
     settled, texts = [], []
-    for setting, points in curves.items():
-        style = style_of(result, setting)
+    for variant, points in curves.items():
+        style = style_of(result, variant)
         places = [fmean(place(one) for one in seeds) for seeds in points]
         losses = [[one.loss for one in seeds] for seeds in points]
         means = [fmean(values) for values in losses]
@@ -77,7 +78,7 @@ def _curves_plot(
         settled += [
             value for at, values in zip(places, losses, strict=True) if at >= places[-1] / 4 for value in values
         ]
-        texts.append(f"{setting} {means[-1]:.3f} at {places[-1]:.3g}")
+        texts.append(f"{variant} {means[-1]:.3f} at {places[-1]:.3g}")
     spread = max(settled) - min(settled)
     axes.set_ylim(min(settled) - 0.06 * spread, max(settled) + 0.04 * spread)
     axes.set_xlim(left=0)
@@ -91,13 +92,13 @@ def _curves_plot(
 
 
 def _curves(result: StudyResult) -> dict[str, list[list[CurvePoint]]]:
-    """By setting and step, the points of all its seeds; steps that a seed lacks are left out."""
+    """By variant and step, the points of all its seeds; steps that a seed lacks are left out."""
     curves = {}
-    for setting, runs in runs_by_setting(result).items():
+    for variant, runs in runs_by_variant(result).items():
         by_step = [{point.step: point for point in run.curve} for run in runs]
         steps = [step for step in sorted(by_step[0]) if all(step in points for points in by_step)]
         if steps:
-            curves[setting] = [[points[step] for points in by_step] for step in steps]
+            curves[variant] = [[points[step] for points in by_step] for step in steps]
     return curves
 
 
@@ -108,28 +109,27 @@ def _curves(result: StudyResult) -> dict[str, list[list[CurvePoint]]]:
 def differences_plot(result: StudyResult) -> Plot | None:
     """Forest plot: the loss less the baseline's with 95% intervals, at equal tokens, FLOPs and time."""
     found = comparisons_of(result)
-    settings = [name for name in other_settings(result) if any((name, measure) in found for measure in EQUALS)]
-    measures = [measure for measure in EQUALS if any((name, measure) in found for name in settings)]
-    if not settings:
+    variants = [name for name in other_variants(result) if any((name, metric) in found for metric in EQUALS)]
+    metrics = [metric for metric in EQUALS if any((name, metric) in found for name in variants)]
+    if not variants:
         return None
-    figure, axes = new_figure(max(HEIGHT, 90 + (16 * len(measures) + 12) * len(settings)))
+    figure, axes = new_figure(max(HEIGHT, 90 + (16 * len(metrics) + 12) * len(variants)))
     texts = []
-    for row, setting in enumerate(settings):
-        for index, measure in enumerate(measures):
-            comparison = found.get((setting, measure))
+    for row, variant in enumerate(variants):
+        for index, metric in enumerate(metrics):
+            comparison = found.get((variant, metric))
             difference = None if comparison is None else against_baseline(comparison)
             if comparison is None or difference is None:
                 continue
-            place = row + 0.7 * ((index + 0.5) / len(measures) - 0.5)
-            style = Style(style_of(result, setting).colour, _MARKERS[measure])
+            place = row + 0.7 * ((index + 0.5) / len(metrics) - 0.5)
+            style = Style(style_of(result, variant).colour, _MARKERS[metric])
             draw_interval(axes, difference, place, style, filled=comparison.resolved is True)
-            texts.append(f"{setting} at {EQUALS[measure]} {difference_text(comparison, len(result.seeds))}")
-    name_rows(axes, settings)
+            texts.append(f"{variant} at {EQUALS[metric]} {difference_text(comparison, len(result.seeds))}")
+    name_rows(axes, variants)
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_xlabel("loss less the baseline's (nats per token)")
     keys = [
-        Line2D([], [], color=MUTED, marker=_MARKERS[measure], linestyle="", label=EQUALS[measure])
-        for measure in measures
+        Line2D([], [], color=MUTED, marker=_MARKERS[metric], linestyle="", label=EQUALS[metric]) for metric in metrics
     ]
     figure.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False, fontsize=11)
     words = (
@@ -148,14 +148,14 @@ def position_plot(result: StudyResult) -> Plot | None:
         return None
     figure, axes = figure_with_legend(result, list(lines))
     texts = []
-    for index, (setting, line) in enumerate(lines.items()):
+    for index, (variant, line) in enumerate(lines.items()):
         shift = 0.6 * ((index + 0.5) / len(lines) - 0.5)
-        style = style_of(result, setting)
+        style = style_of(result, variant)
         places = [eighth + shift for eighth in range(1, _NUM_EIGHTHS + 1)]
         axes.plot(places, [one.mean for one in line], color=style.colour, linewidth=1, alpha=0.5)
         for place, one in zip(places, line, strict=True):
             draw_interval(axes, one, place, style, filled=excludes(one, 0.0), upright=True)
-        texts.append(f"{setting} " + " ".join(f"{one.mean:+.3f}" for one in line))
+        texts.append(f"{variant} " + " ".join(f"{one.mean:+.3f}" for one in line))
     axes.axhline(0, color=INK, linewidth=1)
     axes.set_xticks(range(1, _NUM_EIGHTHS + 1))
     axes.grid(visible=False, axis="x")
@@ -170,16 +170,16 @@ def position_plot(result: StudyResult) -> Plot | None:
 
 
 def _differences_by_eighth(result: StudyResult) -> dict[str, list[Estimate]]:
-    """By setting, for each eighth of a row, over the seeds that it shares with its baseline."""
+    """By variant, for each eighth of a row, over the seeds that it shares with its baseline."""
     losses = {
-        setting: {run.seed: run.loss_by_position for run in runs if len(run.loss_by_position) == _NUM_EIGHTHS}
-        for setting, runs in runs_by_setting(result).items()
+        variant: {run.seed: run.loss_by_position for run in runs if len(run.loss_by_position) == _NUM_EIGHTHS}
+        for variant, runs in runs_by_variant(result).items()
     }
     lines = {}
-    for setting in other_settings(result):
-        own, other = losses.get(setting, {}), losses.get(baseline_of(result, setting), {})
+    for variant in other_variants(result):
+        own, other = losses.get(variant, {}), losses.get(baseline_of(result, variant), {})
         if seeds := own.keys() & other.keys():
-            lines[setting] = [
+            lines[variant] = [
                 estimate([own[seed][eighth] - other[seed][eighth] for seed in seeds]) for eighth in range(_NUM_EIGHTHS)
             ]
     return lines
@@ -190,19 +190,19 @@ def _differences_by_eighth(result: StudyResult) -> dict[str, list[Estimate]]:
 
 @styled
 def ladder_plot(result: StudyResult) -> Plot | None:
-    """The baseline's loss by its length in steps (logarithmic), and the settings' final losses beside it."""
+    """The baseline's loss by its length in steps (logarithmic), and the variants' final losses beside it."""
     runs = [run for run in result.runs if run.curve and "loss" in run.values]
-    if all(run.ladder is None for run in runs if run.setting == result.baseline):
+    if all(run.ladder is None for run in runs if run.variant == result.baseline):
         return None
     rungs: dict[int, list[float]] = {}
-    others: dict[str, list[tuple[int, float]]] = {name: [] for name in other_settings(result)}
+    others: dict[str, list[tuple[int, float]]] = {name: [] for name in other_variants(result)}
     for run in runs:
         step, loss = run.curve[-1].step, run.values["loss"]
-        if run.setting == result.baseline:
+        if run.variant == result.baseline:
             rungs.setdefault(step, []).append(loss)
         elif run.ladder is None:
-            others[run.setting].append((step, loss))
-    others = {setting: points for setting, points in others.items() if points}
+            others[run.variant].append((step, loss))
+    others = {variant: points for variant, points in others.items() if points}
     figure, axes = figure_with_legend(result, [result.baseline, *others])
     style = style_of(result, result.baseline)
     steps = sorted(rungs)
@@ -212,13 +212,13 @@ def ladder_plot(result: StudyResult) -> Plot | None:
         axes.plot([step] * len(rungs[step]), rungs[step], style.marker, color=style.colour, markersize=3.5, alpha=0.4)
     texts = [f"{result.baseline} {loss:.3f} at {step} steps" for step, loss in zip(steps, means, strict=True)]
     found = comparisons_of(result)
-    for setting, points in others.items():
+    for variant, points in others.items():
         end, loss = fmean(step for step, _ in points), fmean(loss for _, loss in points)
-        style = style_of(result, setting)
+        style = style_of(result, variant)
         axes.plot(end, loss, style.marker, color=style.colour, markersize=8, mec=INK, mew=0.6, zorder=3)
-        texts.append(f"{setting} {loss:.3f} at {end:.0f} steps")
-        ratio = found.get((setting, "steps_ratio"))
-        if ratio is not None and baseline_of(result, setting) == result.baseline:
+        texts.append(f"{variant} {loss:.3f} at {end:.0f} steps")
+        ratio = found.get((variant, "steps_ratio"))
+        if ratio is not None and baseline_of(result, variant) == result.baseline:
             needed = end / ratio.value.mean
             axes.plot([end, needed], [loss, loss], color=style.colour, linewidth=1, linestyle=DASH)
     axes.set_xscale("log", base=2)
@@ -227,7 +227,7 @@ def ladder_plot(result: StudyResult) -> Plot | None:
     axes.set_xlabel("optimizer steps of the whole training (logarithmic)")
     axes.set_ylabel("final loss (nats per token)")
     words = (
-        "Line: the baseline trained at several lengths, with schedules of their own. A setting below it gains; dots "
+        "Line: the baseline trained at several lengths, with schedules of their own. A variant below it gains; dots "
         "lead to the steps that the baseline needs to its loss."
     )
     return Plot("ladder", "Steps to the same loss", words, to_svg(figure, "ladder", "; ".join(texts)))

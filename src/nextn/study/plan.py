@@ -1,7 +1,7 @@
-"""Which runs a study consists of, and the name under which each is found again.
+"""Lists the runs of a study and names each by a hash.
 
-A run's name is a hash of its settings and its text, so two studies that share a run share its folder, and a study that
-was killed or extended trains only what is missing.
+The hash covers a run's settings and its text. So two studies that share a run share its folder, and a study that was
+killed or extended trains only the missing runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nextn.config import Recipe
 from nextn.errors import CheckpointError
-from nextn.study.settings import LoadedStudy
+from nextn.study.definition import LoadedStudy
 from nextn.tables import flattened, to_table
 from nextn.training import read_recipe
 
@@ -29,14 +29,14 @@ class PlannedRun:
     Attributes:
         id: `run_id` of the recipe.
         recipe: resolved but for a `vocab_size` of 0.
-        setting: name of the setting it belongs to.
+        variant: name of the variant it belongs to.
         seed: its training.seed.
-        ladder: multiple of the baseline's length, for a baseline trained at another length; None: a setting's own run.
+        ladder: multiple of the baseline's length, for a baseline trained at another length; None: a variant's own run.
     """
 
     id: str
     recipe: Recipe
-    setting: str
+    variant: str
     seed: int
     ladder: float | None = None
 
@@ -46,11 +46,11 @@ def plan_runs(loaded: LoadedStudy, corpus_sha256: Mapping[str, str]) -> list[Pla
 
     Args:
         loaded: the study.
-        corpus_sha256: identity of each setting's text, by setting.
+        corpus_sha256: identity of each variant's text, by variant.
     """
     runs = []
     for seed in loaded.study.seeds:
-        for given in loaded.settings:
+        for given in loaded.variants:
             recipe = _with_seed(loaded.recipes[given.name], seed)
             runs.append(PlannedRun(run_id(recipe, corpus_sha256[given.name]), recipe, given.name, seed))
         for multiple in loaded.study.ladder:

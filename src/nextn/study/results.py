@@ -1,4 +1,4 @@
-"""What a study found, as frozen dataclasses that go to JSON and come back equal."""
+"""Holds a study's result, as frozen dataclasses that go to JSON and come back equal."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class RunResult:
 
     Attributes:
         id: name of its folder.
-        setting: the setting that it is of.
+        variant: the variant that it is of.
         seed: pairs it with the baseline's run of the same seed.
-        ladder: multiple of the baseline's length, for a baseline of another length; None: a setting's own run.
+        ladder: multiple of the baseline's length, for a baseline of another length; None: a variant's own run.
         curve: the loss at every evaluation, its end last.
-        values: measures by full name (`nextn.study.measures`); empty for a run of the ladder but for `loss`.
+        values: metrics by full name (`nextn.study.metrics`); empty for a run of the ladder but for `loss`.
         loss_by_position: loss where 0, 1, ... eighths of a row are before the token, nats, [8].
         num_by_position: labels counted in them, [8].
     """
 
     id: str
-    setting: str
+    variant: str
     seed: int
     ladder: float | None
     curve: tuple[CurvePoint, ...]
@@ -64,21 +64,21 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measure of one setting, over seeds.
+    """One metric of one variant, over seeds.
 
     Attributes:
-        setting, measure: full names.
+        variant, metric: full names.
         values: one per seed that has it, in the order of `seeds`.
         seeds: whose values these are.
         value: their mean with its interval.
-        difference: from the baseline's value of the same seed; None for the baseline itself, and for a measure that is
-            a comparison already (`Measure.pair`), whose `value` it is then.
-        resolved: the interval of the difference (for a pair measure: of its distance from "equal") does not hold 0;
+        difference: from the baseline's value of the same seed; None for the baseline itself, and for a metric that is
+            a comparison already (`Metric.pair`), whose `value` it is then.
+        resolved: the interval of the difference (for a pair metric: of its distance from "equal") does not hold 0;
             None where there is nothing to compare.
     """
 
-    setting: str
-    measure: str
+    variant: str
+    metric: str
     values: tuple[float, ...]
     seeds: tuple[int, ...]
     value: Estimate
@@ -92,7 +92,7 @@ class CriterionResult:
 
     claimed: str
     measured: str
-    measure: str
+    metric: str
     verdict: Verdict
 
 
@@ -107,16 +107,16 @@ class ClaimResult:
 
 @dataclass(frozen=True)
 class TargetReached:
-    """When a setting's curve reaches a loss, interpolated, mean over the seeds that reach it; None: none does.
+    """When a variant's curve reaches a loss, interpolated, mean over the seeds that reach it; None: none does.
 
     Attributes:
-        setting: its name.
+        variant: its name.
         loss: nats per token.
         num_reached: of `num_seeds` runs.
         step, flops, training_s: when.
     """
 
-    setting: str
+    variant: str
     loss: float
     num_reached: int
     num_seeds: int
@@ -126,13 +126,13 @@ class TargetReached:
 
 
 @dataclass(frozen=True)
-class SettingFacts:
-    """A setting as the page shows it.
+class VariantFacts:
+    """A variant as the page shows it.
 
     Attributes:
-        name: of the setting.
+        name: of the variant.
         changes: dotted names and values that it changes in the base recipe.
-        against: name of the setting that it is compared with; empty: the study's baseline.
+        against: name of the variant that it is compared with; empty: the study's baseline.
         step_s: median seconds of an optimizer step, averaged over a run whose depths change; measured interleaved.
     """
 
@@ -152,12 +152,12 @@ class StudyResult:
     scale: str
     baseline: str
     seeds: tuple[int, ...]
-    settings: tuple[SettingFacts, ...]
+    variants: tuple[VariantFacts, ...]
     runs: tuple[RunResult, ...]
     comparisons: tuple[Comparison, ...]
     targets: tuple[TargetReached, ...]
     claims: tuple[ClaimResult, ...]
     notes: tuple[str, ...]
     base_recipe: dict[str, Any]
-    measure: dict[str, Any]
+    evaluation: dict[str, Any]
     provenance: dict[str, Any]

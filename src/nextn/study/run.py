@@ -1,4 +1,4 @@
-"""A study from its plan to its result: what is missing is trained and measured, then everything is compared."""
+"""Runs a study: plans its jobs, trains and evaluates what is missing, and compares."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from nextn.config import DataConfig, Recipe
 from nextn.errors import StudyError
 from nextn.files import make_folder
 from nextn.study.collect import collect_result
-from nextn.study.jobs import Job, Progress, run_jobs
+from nextn.study.definition import LoadedStudy, ModelEvaluationConfig
+from nextn.study.jobs import Job, JobMonitor, run_jobs
 from nextn.study.plan import PlannedRun, plan_runs
 from nextn.study.results import StudyResult
-from nextn.study.settings import LoadedStudy, MeasureConfig
 from nextn.study.speeds import Speeds, measure_speeds
-from nextn.study.worker import Request
+from nextn.study.worker import JobSpec
 from nextn.tables import to_table
 from nextn.training import PreparedData, fit_vocabulary, prepare_data
 
@@ -34,10 +34,10 @@ class StudyPlan:
 
     Attributes:
         loaded: the study.
-        recipes: of its settings, vocabulary sizes filled in; first seed.
-        jobs: one per run and way to measure it, in the order in which they are done.
+        recipes: of its variants, vocabulary sizes filled in; first seed.
+        jobs: one per run and way to evaluate it, in the order in which they are done.
         speeds: step times.
-        corpora: facts of each setting's text, for the provenance.
+        corpora: facts of each variant's text, for the provenance.
     """
 
     loaded: LoadedStudy
@@ -91,18 +91,18 @@ def plan_study(loaded: LoadedStudy, folder: Path, device: str, say: Callable[[st
     speeds = measure_speeds(loaded.baseline.name, recipes, data_of, device, folder / SPEEDS, say)
     texts = {name: data_of(recipe).corpus for name, recipe in recipes.items()}
     runs = plan_runs(loaded, {name: text.sha256 for name, text in texts.items()})
-    jobs = tuple(_job(run, runs, loaded, folder, speeds, recipes[run.setting]) for run in runs)
+    jobs = tuple(_job(run, runs, loaded, folder, speeds, recipes[run.variant]) for run in runs)
     corpora = {text.name: {"sha256": text.sha256, "num_files": len(text.files)} for text in texts.values()}
     return StudyPlan(loaded, recipes, jobs, speeds, corpora)
 
 
-def run_study(plan: StudyPlan, devices: Sequence[str], progress: Progress) -> StudyResult:
+def run_study(plan: StudyPlan, devices: Sequence[str], monitor: JobMonitor) -> StudyResult:
     """Do what is missing and gather the result.
 
     Raises:
         StudyError: a run failed; what is done is kept.
     """
-    run_jobs(plan.jobs, devices, progress)
+    run_jobs(plan.jobs, devices, monitor)
     return collect_result(plan.loaded, plan.recipes, plan.jobs, plan.speeds, plan.corpora)
 
 
@@ -114,27 +114,27 @@ def _job(
     speeds: Speeds,
     recipe: Recipe,
 ) -> Job:
-    given = next(given for given in loaded.settings if given.name == run.setting)
-    measure = _losses_only(loaded.study.measure) if run.ladder is not None else loaded.study.measure
+    given = next(given for given in loaded.variants if given.name == run.variant)
+    evaluation = _losses_only(loaded.study.evaluation) if run.ladder is not None else loaded.study.evaluation
     draft_model = None
     if given.draft_model and run.ladder is None:
-        draft_id = next(other.id for other in runs if (other.setting, other.seed) == (given.draft_model, run.seed))
+        draft_id = next(other.id for other in runs if (other.variant, other.seed) == (given.draft_model, run.seed))
         draft_model = str(folder / RUNS / draft_id)
     run_folder = folder / RUNS / run.id
-    measures = run_folder / f"measures-{measure_id(measure, draft_model)}.json"
-    request = Request(run.recipe, str(run_folder), str(measures), measure, draft_model)
-    return Job(run, request, speeds.mean_step_s(run.setting, recipe) * run.recipe.training.num_steps)
+    metrics = run_folder / f"measures-{evaluation_id(evaluation, draft_model)}.json"
+    spec = JobSpec(run.recipe, str(run_folder), str(metrics), evaluation, draft_model)
+    return Job(run, spec, speeds.mean_step_s(run.variant, recipe) * run.recipe.training.num_steps)
 
 
-def _losses_only(measure: MeasureConfig) -> MeasureConfig:
+def _losses_only(evaluation: ModelEvaluationConfig) -> ModelEvaluationConfig:
     """What is measured of a ladder's run."""
-    return replace(measure, num_prompts=0, num_timed_prompts=0, num_completions=0, tasks=())
+    return replace(evaluation, num_prompts=0, num_timed_prompts=0, num_completions=0, tasks=())
 
 
-def measure_id(measure: MeasureConfig, draft_model: str | None) -> str:
+def evaluation_id(evaluation: ModelEvaluationConfig, draft_model: str | None) -> str:
     """8 hexadecimal digits that stand for what is measured, settings at their default left out."""
-    usual = to_table(MeasureConfig())
-    changed: dict[str, Any] = {key: value for key, value in to_table(measure).items() if value != usual[key]}
+    usual = to_table(ModelEvaluationConfig())
+    changed: dict[str, Any] = {key: value for key, value in to_table(evaluation).items() if value != usual[key]}
     if draft_model is not None:
         changed["draft_model"] = Path(draft_model).name
     return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]

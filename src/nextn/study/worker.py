@@ -1,6 +1,6 @@
-"""One run of a study in a process of its own: train it, or go on training it, then measure it.
+"""Does one job in a process of its own: trains a run, or resumes its training, then evaluates it.
 
-`python -m nextn.study.worker REQUEST.json` does what a `Request` says, and ends as soon as the process that
+`python -m nextn.study.worker JOB.json` does the job of a `JobSpec`. It ends as soon as the process that
 started it is gone: standard input is a pipe whose other end that process holds. So a killed study leaves nothing behind
 that would write into its folders, and each run's peak memory is its own.
 """
@@ -24,9 +24,9 @@ from nextn.files import list_checkpoints, read_json, write_json
 from nextn.model.device import resolve_device
 from nextn.mtp import load_model
 from nextn.provenance import collect
-from nextn.study.measuring import measure_run
+from nextn.study.definition import ModelEvaluationConfig
+from nextn.study.evaluate import evaluate_model
 from nextn.study.plan import recipe_as_begun
-from nextn.study.settings import MeasureConfig
 from nextn.tables import from_table, to_table
 from nextn.training import PreparedData, Trainer, fit_vocabulary, new_model, prepare_data
 
@@ -35,22 +35,22 @@ TRAINED, DIVERGED = "trained.json", "diverged.json"
 
 
 @dataclass(frozen=True)
-class Request:
+class JobSpec:
     """What a worker is to do.
 
     Attributes:
         recipe: of the run.
         folder: of the run; a half-trained run in it is gone on with.
-        measures: file that the measures go to.
-        measure: what to measure.
+        metrics: file that the metrics go to.
+        evaluation: what to evaluate.
         draft_model: folder of a trained run that drafts; None: MTP depths draft.
         num_threads: of torch on the CPU; None: torch's own choice.
     """
 
     recipe: Recipe
     folder: str
-    measures: str
-    measure: MeasureConfig
+    metrics: str
+    evaluation: ModelEvaluationConfig
     draft_model: str | None = None
     num_threads: int | None = None
 
@@ -60,27 +60,27 @@ def is_trained(folder: Path) -> bool:
     return (folder / TRAINED).exists() and bool(list_checkpoints(folder))
 
 
-def work(request: Request) -> None:
-    """Train what is not trained yet, then measure what is not measured yet."""
-    if request.num_threads is not None:
-        torch.set_num_threads(request.num_threads)
-    data = prepare_data(request.recipe.data)
-    folder = Path(request.folder)
-    recipe = recipe_as_begun(fit_vocabulary(request.recipe, data.tokenizer), folder)
+def work(spec: JobSpec) -> None:
+    """Train what is not trained yet, then evaluate what is not evaluated yet."""
+    if spec.num_threads is not None:
+        torch.set_num_threads(spec.num_threads)
+    data = prepare_data(spec.recipe.data)
+    folder = Path(spec.folder)
+    recipe = recipe_as_begun(fit_vocabulary(spec.recipe, data.tokenizer), folder)
     if not is_trained(folder):
         try:
             _train(recipe, data, folder)
         except DivergenceError as error:
             write_json(folder / DIVERGED, {"message": str(error)})
             return
-    if not Path(request.measures).exists():
+    if not Path(spec.metrics).exists():
         device = resolve_device(recipe.training.device)
         model = load_model(list_checkpoints(folder)[-1], device=str(device))
         draft_model = None
-        if request.draft_model is not None:
-            draft_model = load_model(list_checkpoints(Path(request.draft_model))[-1], device=str(device))
-        measured = measure_run(model, data, recipe, request.measure, draft_model=draft_model, say=_log)
-        write_json(Path(request.measures), to_table(measured))
+        if spec.draft_model is not None:
+            draft_model = load_model(list_checkpoints(Path(spec.draft_model))[-1], device=str(device))
+        measured = evaluate_model(model, data, recipe, spec.evaluation, draft_model=draft_model, say=_log)
+        write_json(Path(spec.metrics), to_table(measured))
 
 
 def _train(recipe: Recipe, data: PreparedData, folder: Path) -> None:
@@ -126,19 +126,19 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def read_request(path: Path) -> Request:
-    """A request as `write_request` wrote it."""
-    return from_table(Request, read_json(path))
+def read_spec(path: Path) -> JobSpec:
+    """A job as `write_spec` wrote it."""
+    return from_table(JobSpec, read_json(path))
 
 
-def write_request(request: Request, path: Path) -> None:
+def write_spec(spec: JobSpec, path: Path) -> None:
     """As JSON."""
-    write_json(path, to_table(request))
+    write_json(path, to_table(spec))
 
 
 if __name__ == "__main__":
     _end_with_parent()
     try:
-        work(read_request(Path(sys.argv[1])))
+        work(read_spec(Path(sys.argv[1])))
     except NextnError as error:
         sys.exit(f"error: {error}")

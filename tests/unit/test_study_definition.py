@@ -1,4 +1,4 @@
-"""A study's file becomes settings and runs; mistakes in it are named with the way out."""
+"""A study's file becomes variants and runs; mistakes in it are named with the way out."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from nextn.config import MTPConfig, ObjectiveConfig, Recipe, ScheduleConfig, TrainingConfig
 from nextn.errors import CheckpointError, ConfigError
 from nextn.files import write_json
+from nextn.study.definition import LoadedStudy
 from nextn.study.jobs import _environment, checked_devices
+from nextn.study.load import load_study
 from nextn.study.plan import plan_runs, recipe_as_begun, run_id
-from nextn.study.settings import LoadedStudy, load_study
 from nextn.tables import to_table
 
 STUDIES = sorted(path for path in (Path(__file__).parents[2] / "recipes" / "studies").glob("*.toml"))
@@ -22,10 +23,10 @@ SHIPPED = [path for path in STUDIES if not path.name.startswith("base-")]
 
 PLAIN = """
 base = "base-{scale}.toml"
-[[settings]]
+[[variants]]
 name = "plain"
 set.mtp.num_depths = 0
-[[settings]]
+[[variants]]
 name = "mtp"
 """
 
@@ -37,22 +38,22 @@ def load(tmp_path: Path, text: str, base: str = "[training]\nnum_steps = 100\n",
 
 
 def runs_of(loaded: LoadedStudy, text: str = "text") -> list[tuple[str, int, float | None]]:
-    runs = plan_runs(loaded, dict.fromkeys((given.name for given in loaded.settings), text))
-    return [(run.setting, run.seed, run.ladder) for run in runs]
+    runs = plan_runs(loaded, dict.fromkeys((given.name for given in loaded.variants), text))
+    return [(run.variant, run.seed, run.ladder) for run in runs]
 
 
-def test_every_shipped_study_loads_in_every_size_and_its_claims_name_settings_and_measures():
+def test_every_shipped_study_loads_in_every_size_and_its_claims_name_variants_and_metrics():
     assert len(SHIPPED) >= 14
     for path in SHIPPED:
         for scale in ("cpu", "gpu", "small"):
             loaded = load_study(path, scale)
-            assert len(loaded.settings) >= 2
+            assert len(loaded.variants) >= 2
             assert len(loaded.study.seeds) >= 3
 
 
-def test_settings_change_the_base_recipe_and_the_baseline_comes_first(tmp_path):
+def test_variants_change_the_base_recipe_and_the_baseline_comes_first(tmp_path):
     loaded = load(tmp_path, 'baseline = "mtp"' + PLAIN)
-    assert [given.name for given in loaded.settings] == ["mtp", "plain"]
+    assert [given.name for given in loaded.variants] == ["mtp", "plain"]
     assert loaded.recipes["plain"].mtp.num_depths == 0
     assert loaded.recipes["mtp"] == Recipe(training=TrainingConfig(num_steps=100))
 
@@ -74,44 +75,50 @@ def test_runs_come_seed_by_seed_with_the_ladder_of_the_baseline(tmp_path):
 
 
 def test_overrides_and_sizes_change_the_study(tmp_path):
-    loaded = load(tmp_path, PLAIN + "[scales.cpu]\nmeasure.num_rows = 7\n", overrides=["training.num_steps=50"])
-    assert loaded.study.measure.num_rows == 7
+    loaded = load(tmp_path, PLAIN + "[scales.cpu]\nevaluation.num_rows = 7\n", overrides=["training.num_steps=50"])
+    assert loaded.study.evaluation.num_rows == 7
     assert loaded.recipes["mtp"].training.num_steps == 50
 
 
 MISTAKES = {
-    "no settings": ('base = "base-cpu.toml"', "has no settings to compare"),
-    "two of one name": (PLAIN + '[[settings]]\nname = "mtp"\n', "two settings are called 'mtp'"),
+    "no variants": ('base = "base-cpu.toml"', "has no variants to compare"),
+    "two of one name": (PLAIN + '[[variants]]\nname = "mtp"\n', "two variants are called 'mtp'"),
     "baseline": ('baseline = "plane"' + PLAIN, "did you mean 'plain'"),
     "unknown key": (PLAIN + "mtp.num_depths = 3\n", "set.mtp = ..."),
-    "unknown setting": (PLAIN + "set.mtp.num_depth = 3\n", "setting 'mtp': unknown setting 'mtp.num_depth'"),
+    "unknown setting": (PLAIN + "set.mtp.num_depth = 3\n", "variant 'mtp': unknown setting 'mtp.num_depth'"),
     "unknown size": (PLAIN, "it has: cpu"),
     "seeds": ("seeds = [1, 1]" + PLAIN, "seeds must be different numbers"),
     "grid": (PLAIN + "[grid]\nmtp.num_depths = 3\n", "must be a list of values"),
-    "measure": (
-        PLAIN + '[[claims]]\ntext = ""\ntests = [{ measure = "los", setting = "mtp", high = 1.0 }]\n',
+    "metric": (
+        PLAIN + '[[claims]]\ntext = ""\ntests = [{ metric = "los", variant = "mtp", high = 1.0 }]\n',
         "did you mean 'loss'",
     ),
-    "claimed setting": (
-        PLAIN + '[[claims]]\ntext = ""\ntests = [{ measure = "loss", setting = "mpt", high = 1.0 }]\n',
+    "claimed variant": (
+        PLAIN + '[[claims]]\ntext = ""\ntests = [{ metric = "loss", variant = "mpt", high = 1.0 }]\n',
         "did you mean 'mtp'",
     ),
     "claim of nothing": (
-        PLAIN + '[[claims]]\ntext = ""\ntests = [{ measure = "loss", setting = "mtp" }]\n',
+        PLAIN + '[[claims]]\ntext = ""\ntests = [{ metric = "loss", variant = "mtp" }]\n',
         "needs low, high or both",
     ),
     "claim of both": (
-        PLAIN + '[[claims]]\ntext = ""\ntests = [{ measure = "loss", setting = "mtp", best = "mtp" }]\n',
-        "either a setting",
+        PLAIN + '[[claims]]\ntext = ""\ntests = [{ metric = "loss", variant = "mtp", best = "mtp" }]\n',
+        "either a variant",
     ),
     "claim without tests": (PLAIN + '[[claims]]\ntext = "Yes."\n', "the claim 'Yes.' has no tests"),
     "claim about the baseline": (
-        PLAIN + '[[claims]]\ntext = ""\ntests = [{ measure = "loss", setting = "plain", high = 0.0, '
+        PLAIN + '[[claims]]\ntext = ""\ntests = [{ metric = "loss", variant = "plain", high = 0.0, '
         "against_baseline = true }]\n",
         "sets the baseline 'plain' against itself",
     ),
     "draft model": (PLAIN + 'draft_model = "tiny"\n', "the draft model of 'mtp'"),
-    "timed prompts": (PLAIN + "[measure]\nnum_prompts = 1\n", "exceeds measure.num_prompts = 1"),
+    "old name of variants": (PLAIN + "[[settings]]\nname = 1\n", "'settings' is now called [[variants]]"),
+    "old name of the evaluation": (PLAIN + "[measure]\nnum_rows = 8\n", "'measure' is now called [evaluation]"),
+    "old name in a test": (
+        PLAIN + '[[claims]]\ntext = ""\ntests = [{ measure = "loss" }]\n',
+        "'measure' in a claim's test is now called 'metric'",
+    ),
+    "timed prompts": (PLAIN + "[evaluation]\nnum_prompts = 1\n", "exceeds evaluation.num_prompts = 1"),
 }
 
 

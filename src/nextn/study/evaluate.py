@@ -1,4 +1,4 @@
-"""What a study measures of one trained model: losses, acceptance, speed, whether its Python parses, sizes, tasks."""
+"""Evaluates one trained model: losses, acceptance, speed, share of Python that parses, sizes, tasks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from nextn.evaluation.results import Speedup
 from nextn.mtp import MTPModel
 from nextn.mtp.cost import model_cost
 from nextn.study.code_quality import function_prompts, parses
-from nextn.study.settings import MeasureConfig
+from nextn.study.definition import ModelEvaluationConfig
 from nextn.training import PreparedData, evaluate_teacher_forced, loss_by_position
 from nextn.wording import plural
 
 TIMED = ("decode_tok_per_s_plain", "decode_tok_per_s", "decode_speedup_greedy", "decode_speedup_sampled")
 """Measures by wall clock; all others are the same whenever they are measured on one machine."""
 
-NUM_PLACES = 32
+DECODING_BATCH_SIZE = 32
 """Prompts decoded at a time where nothing is timed."""
 
 NUM_BUCKETS = 8
@@ -36,11 +36,11 @@ NUM_BUCKETS = 8
 
 
 @dataclass(frozen=True)
-class RunMeasures:
+class RunMetrics:
     """What was measured of one model.
 
     Attributes:
-        values: by full name (`nextn.study.measures`); a measure without a case is left out, so all are finite.
+        values: by full name (`nextn.study.metrics`); a metric without a case is left out, so all are finite.
         loss_by_position: loss where 0, 1, ... eighths of a row are before the token, nats, [8].
         num_by_position: labels counted in them, [8].
     """
@@ -54,15 +54,15 @@ def _silent(text: str) -> None:
     pass
 
 
-def measure_run(
+def evaluate_model(
     model: MTPModel,
     data: PreparedData,
     recipe: Recipe,
-    measure: MeasureConfig,
+    evaluation: ModelEvaluationConfig,
     *,
     draft_model: MTPModel | None = None,
     say: Callable[[str], None] = _silent,
-) -> RunMeasures:
+) -> RunMetrics:
     """Measure a trained model on held-out text. All but `TIMED` is the same for the same weights and settings.
 
     Each depth drafts one token: N = K. A model without MTP has no acceptance and no speedup, unless a draft model
@@ -72,7 +72,7 @@ def measure_run(
         model: with the tokenizer of `data`.
         data: its corpus; the part held out is read.
         recipe: as it was trained: the length of rows, documents isolated or not, rows per forward.
-        measure: how much of everything.
+        evaluation: how much of everything.
         draft_model: drafts in place of the MTP depths; its parameters count as the model's.
         say: told what begins.
 
@@ -83,7 +83,7 @@ def measure_run(
         GenerationError: prompts and new tokens exceed the model's context.
     """
     sequence_length = recipe.data.sequence_length
-    rows = validation_rows(data.validation, sequence_length, measure.num_rows)
+    rows = validation_rows(data.validation, sequence_length, evaluation.num_rows)
     values = _sizes(model, draft_model, sequence_length)
     say(f"reading {len(rows.input_ids)} x {sequence_length} held-out tokens")
     values |= _losses(model, data, recipe, rows)
@@ -95,14 +95,14 @@ def measure_run(
         isolate_documents=recipe.data.isolate_documents,
     )
     values |= _near_and_far(losses, counts)
-    if measure.num_prompts:
-        values |= _decoding(model, data, measure, _Drafting.of(model, draft_model), say)
-    if measure.num_completions:
-        values |= _parse_share(model, data, sequence_length, measure, say)
-    if measure.tasks:
-        say(f"asking {', '.join(measure.tasks)}")
-        values |= _task_scores(model, measure)
-    return RunMeasures(values, tuple(losses), tuple(counts))
+    if evaluation.num_prompts:
+        values |= _decoding(model, data, evaluation, _Drafting.of(model, draft_model), say)
+    if evaluation.num_completions:
+        values |= _parse_share(model, data, sequence_length, evaluation, say)
+    if evaluation.tasks:
+        say(f"asking {', '.join(evaluation.tasks)}")
+        values |= _task_scores(model, evaluation)
+    return RunMetrics(values, tuple(losses), tuple(counts))
 
 
 def _sizes(model: MTPModel, draft_model: MTPModel | None, sequence_length: int) -> dict[str, float]:
@@ -164,19 +164,25 @@ class _Drafting:
     def of(cls, model: MTPModel, draft_model: MTPModel | None) -> _Drafting:
         return cls(model.num_depths) if draft_model is None else cls(USUAL_DRAFT_LENGTH, draft_model)
 
-    def decode(self, model: MTPModel, prompts: Sequence[str | list[int]], **settings: Any) -> GenerationResult:
-        return generate(model, prompts, draft_length=self.draft_length, drafter=self.drafter, **settings)
+    def decode(self, model: MTPModel, prompts: Sequence[str | list[int]], **options: Any) -> GenerationResult:
+        return generate(model, prompts, draft_length=self.draft_length, drafter=self.drafter, **options)
 
 
 PLAIN = _Drafting(0)
 
 
 def _decoding(
-    model: MTPModel, data: PreparedData, measure: MeasureConfig, drafting: _Drafting, say: Callable[[str], None]
+    model: MTPModel,
+    data: PreparedData,
+    evaluation: ModelEvaluationConfig,
+    drafting: _Drafting,
+    say: Callable[[str], None],
 ) -> dict[str, float]:
     """Acceptance and repetition on all prompts, speed on some; text is not ended at EOS, so that all is equal work."""
     wanted = EvaluationConfig(
-        num_prompts=measure.num_prompts, prompt_length=measure.prompt_length, max_new_tokens=measure.max_new_tokens
+        num_prompts=evaluation.num_prompts,
+        prompt_length=evaluation.prompt_length,
+        max_new_tokens=evaluation.max_new_tokens,
     )
     prompts = held_out_prompts(data.validation, wanted).prompts
     values: dict[str, float] = {}
@@ -188,21 +194,21 @@ def _decoding(
         result = drafting.decode(
             model,
             prompts,
-            max_new_tokens=measure.max_new_tokens,
+            max_new_tokens=evaluation.max_new_tokens,
             temperature=temperature,
-            batch_size=NUM_PLACES,
+            batch_size=DECODING_BATCH_SIZE,
             eos_token_id=None,
         )
         values |= _acceptance(arm, result.stats)
         values["repeated_share" if is_sampled else "repeated_share_greedy"] = mean_repeated_share(result.token_ids)
-    if measure.num_timed_prompts and measure.max_new_tokens > 1:  # a prompt's first token is not timed
-        say(f"timing {plural(measure.num_timed_prompts, 'held-out prompt')}")
-        values |= _speed(model, prompts[: measure.num_timed_prompts], measure, drafting)
+    if evaluation.num_timed_prompts and evaluation.max_new_tokens > 1:  # a prompt's first token is not timed
+        say(f"timing {plural(evaluation.num_timed_prompts, 'held-out prompt')}")
+        values |= _speed(model, prompts[: evaluation.num_timed_prompts], evaluation, drafting)
     return values
 
 
 def _acceptance(arm: str, stats: AcceptanceStatistics) -> dict[str, float]:
-    """Acceptance by measure; what had no case is left out.
+    """Acceptance by metric; what had no case is left out.
 
     >>> _acceptance("greedy", AcceptanceStatistics(2, {2: (1, 0, 1)}))  # doctest: +NORMALIZE_WHITESPACE
     {'al_greedy': 2.0, 'acceptance_greedy_1': 0.5, 'acceptance_greedy_2': 1.0,
@@ -223,7 +229,7 @@ def _acceptance(arm: str, stats: AcceptanceStatistics) -> dict[str, float]:
 
 
 def _speed(
-    model: MTPModel, prompts: Sequence[list[int]], measure: MeasureConfig, drafting: _Drafting
+    model: MTPModel, prompts: Sequence[list[int]], evaluation: ModelEvaluationConfig, drafting: _Drafting
 ) -> dict[str, float]:
     """Tokens per second, one prompt at a time, and speedups: medians over repeats, plain and with drafts in turn."""
     values: dict[str, float] = {}
@@ -231,7 +237,7 @@ def _speed(
         if not drafting.draft_length and temperature:
             continue  # there is nothing to compare plain sampling with
         ways = [PLAIN, drafting] if drafting.draft_length else [PLAIN]
-        rates = _decoding_rates(model, prompts, ways, measure, temperature)
+        rates = _decoding_rates(model, prompts, ways, evaluation, temperature)
         plain, fast = rates[0], rates[-1]
         if not temperature:
             values["decode_tok_per_s_plain"] = statistics.median(plain)
@@ -246,15 +252,15 @@ def _decoding_rates(
     model: MTPModel,
     prompts: Sequence[list[int]],
     ways: Sequence[_Drafting],
-    measure: MeasureConfig,
+    evaluation: ModelEvaluationConfig,
     temperature: float,
 ) -> list[list[float]]:
     """New tokens per second of each way, one entry per repeat, after a warm-up."""
-    usual = {"max_new_tokens": measure.max_new_tokens, "temperature": temperature, "eos_token_id": None}
+    usual = {"max_new_tokens": evaluation.max_new_tokens, "temperature": temperature, "eos_token_id": None}
     rates: list[list[float]] = [[] for _ in ways]
     for way in ways:
         way.decode(model, prompts[:1], **usual)
-    for repeat in range(measure.num_repeats):
+    for repeat in range(evaluation.num_repeats):
         for index in rotated(range(len(ways)), repeat):
             rates[index].append(ways[index].decode(model, prompts, seed=repeat, **usual).decode_tok_per_s)
     return rates
@@ -264,25 +270,29 @@ def _decoding_rates(
 
 
 def _parse_share(
-    model: MTPModel, data: PreparedData, sequence_length: int, measure: MeasureConfig, say: Callable[[str], None]
+    model: MTPModel,
+    data: PreparedData,
+    sequence_length: int,
+    evaluation: ModelEvaluationConfig,
+    say: Callable[[str], None],
 ) -> dict[str, float]:
     """Share of sampled completions that parse, of those of which it can be said; empty for text that is not Python."""
-    documents, length = data.corpus.validation, measure.completion_length
+    documents, length = data.corpus.validation, evaluation.completion_length
 
     def fits(prompt: str) -> bool:
         return len(data.tokenizer.encode(prompt)) + length <= sequence_length
 
-    prompts = function_prompts(documents, measure.num_completions, fits)
+    prompts = function_prompts(documents, evaluation.num_completions, fits)
     if not prompts and function_prompts(documents, 1):
         raise ConfigError(
-            f"measure.completion_length = {length}, but a row has data.sequence_length = {sequence_length} tokens, and "
-            "no function's beginning fits in beside it; lower completion_length, or set num_completions = 0"
+            f"evaluation.completion_length = {length}, but a row has data.sequence_length = {sequence_length} tokens, "
+            "and no function's beginning fits in beside it; lower completion_length, or set num_completions = 0"
         )
     if not prompts:
         return {}
-    prompts = tuple(prompts[index % len(prompts)] for index in range(measure.num_completions))
+    prompts = tuple(prompts[index % len(prompts)] for index in range(evaluation.num_completions))
     say(f"completing {plural(len(prompts), 'function')}")
-    result = PLAIN.decode(model, prompts, max_new_tokens=length, temperature=1.0, batch_size=NUM_PLACES)
+    result = PLAIN.decode(model, prompts, max_new_tokens=length, temperature=1.0, batch_size=DECODING_BATCH_SIZE)
     found = [
         parses(prompt, text, is_ended=reason == "eos")
         for prompt, text, reason in zip(prompts, result.texts, result.finish_reasons, strict=True)
@@ -291,15 +301,15 @@ def _parse_share(
     return {"parse_share": sum(decided) / len(decided)} if decided else {}
 
 
-def _task_scores(model: MTPModel, measure: MeasureConfig) -> dict[str, float]:
+def _task_scores(model: MTPModel, evaluation: ModelEvaluationConfig) -> dict[str, float]:
     """Scores of lm-evaluation-harness, `task/NAME/METRIC`; a filter of the answers follows the metric's name."""
     from nextn.evaluation.tasks import TaskSelection, evaluate_tasks
 
     assert model.tokenizer is not None, "tasks need a tokenizer"
-    selection = TaskSelection.find(measure.tasks)
+    selection = TaskSelection.find(evaluation.tasks)
     with tempfile.TemporaryDirectory() as folder:
         model.tokenizer.save(Path(folder))
-        results = evaluate_tasks(model, Path(folder), selection, limit=measure.task_limit)
+        results = evaluate_tasks(model, Path(folder), selection, limit=evaluation.task_limit)
     return {
         f"task/{score.task}/{score.metric}" + ("" if score.filter == "none" else f",{score.filter}"): score.value
         for score in results.scores
