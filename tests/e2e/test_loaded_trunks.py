@@ -202,9 +202,15 @@ def test_low_rank_factors_are_read_by_peft_on_the_trunk_that_was_loaded(here: Pa
 # ---------------------------------------------------------------------------------------------------- kill and resume
 
 
-@pytest.mark.parametrize(
-    ("trunk", "train"), [("llama", "none"), ("qwen3_5", "none"), ("llama", "lora"), ("llama", "all")]
-)
+KILLED = [
+    ("llama", "none"),
+    ("qwen3_5", "none"),
+    pytest.param("llama", "lora", marks=pytest.mark.slow),
+    pytest.param("llama", "all", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("trunk", "train"), KILLED)
 def test_a_killed_run_goes_on_bit_for_bit(here: Path, tmp_path: Path, trunk: str, train: str):
     recipe = recipe_of(here, trunk, train)
     killed = tmp_path / "killed"

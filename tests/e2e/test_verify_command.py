@@ -20,7 +20,7 @@ from nextn.errors import NextnError
 from nextn.lossless import sampling
 from nextn.model.cache import LayerCache
 
-from ..unit.test_lossless_suite import accept_everything, claim_another_law, no_residual, write_once
+from ..unit.test_lossless_suite import accept_everything, claim_another_distribution, no_residual, write_once
 from .test_commands import RECIPE
 
 VERIFY = ["verify", "run", "--num-prompts", "2", "-n", "12"]
@@ -73,7 +73,7 @@ def test_a_lossless_checkpoint_gives_exit_code_0_a_table_and_a_file():
 DEFECTS: dict[str, tuple[type, str, Callable, str]] = {
     "verifier": (verify.Exact, "__call__", accept_everything, "greedy"),
     "sampling": (verify.Rejection, "__call__", no_residual, "sampling"),
-    "drafter": (MTPDrafter, "_draft_depths", claim_another_law, "sampling"),
+    "drafter": (MTPDrafter, "_draft_depths", claim_another_distribution, "sampling"),
     "cache": (LayerCache, "write", write_once, "rollback"),
 }
 
