@@ -14,10 +14,7 @@ from nextn.evaluation.results import token_texts
 from nextn.mtp import MTPModel
 
 DEPTH_STYLES = ("", "black on #6ad4f5", "black on #7fe58a", "black on #f5dd8a", "black on #ff9a70", "black on #e88af5")
-"""Colour of a token by its position in the draft: none for the trunk's own; positions beyond the last take the last.
-
-Strong enough to stay five different colours where a terminal has sixteen.
-"""
+"""Colour of a token by its position in the draft (0: the trunk's own): five different ones even of sixteen."""
 
 
 def print_stream(decoder: Decoder, prompts: Sequence[str], request: Request) -> None:

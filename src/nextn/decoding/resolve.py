@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from nextn.decoding.drafters.engine_drafts import (
     AS_TRAINED,
+    ENGINES,
     RECYCLED,
     SINGLE_CACHE,
     check_drafting,
@@ -89,6 +90,13 @@ def resolve_draft(draft: DraftSettings, model: MTPModel, compiled: bool = False)
     if length is None or isinstance(length, int):
         length = resolve_draft_length(model if drafts_with_mtp else None, length, convention)
     policy = policy_of(length, longest_draft(model) if drafts_with_mtp else None, min_confidence)
+    if drafts_with_mtp and length == ADAPTIVE:
+        if convention in ENGINES:
+            raise GenerationError(
+                f"drafting = {convention!r}: that engine drafts a fixed number of tokens, and draft_length = "
+                "'adaptive' chooses it anew in each cycle; give a number"
+            )
+        check_drafting(model.scheme, convention, policy.longest)
     return replace(draft, convention=convention, length=length), policy
 
 

@@ -48,7 +48,8 @@ SINGLE_CACHE = {
     "vllm": SingleCacheConvention(first_position=0, zeroes_first_embedding=True),
     "llamacpp": SingleCacheConvention(first_position=-1, zeroes_first_embedding=False),
 }
-DRAFTING = (AS_TRAINED, RECYCLED, "transformers", "vllm", "llamacpp")
+ENGINES = ("transformers", "vllm", "llamacpp")
+DRAFTING = (AS_TRAINED, RECYCLED, *ENGINES)
 """Ways to draft, by the name a user gives."""
 
 
