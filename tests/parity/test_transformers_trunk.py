@@ -287,8 +287,6 @@ def test_what_only_the_native_trunk_has_is_refused_not_ignored():
     model = llama_with_modules()
     with pytest.raises(ConfigError, match="not nextn's own"):
         _ = model.config
-    with pytest.raises(ConfigError, match="compiled or recomputed"):
-        model.recompute_layers()
 
 
 def test_importing_nextn_does_not_import_transformers():

@@ -93,9 +93,14 @@ def _maker(module: nn.Module, form: WeightForm) -> Callable[[Any], nn.Module] | 
     if module.weight.device.type != "cpu":
         return None
     is_large = module.weight.numel() >= MIN_WEIGHTS_PACKED
-    if module.weight.dtype == torch.bfloat16 and is_large and torch.backends.mkldnn.is_available():
+    if module.weight.dtype == torch.bfloat16 and is_large and packs_bfloat16():
         return PackedLinear
     return SummedLinear if module.weight.dtype in (torch.float32, torch.bfloat16) else None
+
+
+def packs_bfloat16() -> bool:
+    """oneDNN reorders bfloat16 matrices on this processor; on one without AVX-512 or AVX-NE-CONVERT it cannot."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class _LikeLinear(nn.Linear):
