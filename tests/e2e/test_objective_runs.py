@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,13 +194,12 @@ def test_alpha_zero_leaves_the_balance_loss_out_and_alpha_trains_the_routers(tmp
 
 
 def test_a_balance_loss_averaged_over_each_micro_batch_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    right = trainer_module.batch_totals
+    right = trainer_module.BatchTotals.of_counts
 
-    def rows_of_a_micro_batch(*arguments, **options):
-        totals = right(*arguments, **options)
-        return type(totals)(totals.denominators, num_rows=2)
+    def rows_of_a_micro_batch(denominator, counts, num_rows):
+        return right(denominator, counts, num_rows=2)
 
-    monkeypatch.setattr(trainer_module, "batch_totals", rows_of_a_micro_batch)
+    monkeypatch.setattr(trainer_module, "BatchTotals", SimpleNamespace(of_counts=rows_of_a_micro_batch))
     run = balanced(tmp_path, 2)
     expected = balance_by_hand(run)
     assert run.step().balance_loss != pytest.approx(expected, rel=1e-2)

@@ -51,7 +51,7 @@ def test_gradients_do_not_depend_on_the_micro_batch_size(tmp_path, micro_batch_s
 def test_averaging_over_each_micro_batch_alone_is_caught(tmp_path, monkeypatch):
     whole = first_step_gradients(tmp_path, None)
     # The classic mistake: each micro-batch divides by its own labels, then micro-batches are averaged (6 rows, 2 each).
-    monkeypatch.setattr(trainer, "batch_totals", lambda *arguments, **options: None)
+    monkeypatch.setattr(trainer, "BatchTotals", SimpleNamespace(of_counts=lambda *arguments: None))
     split = first_step_gradients(tmp_path, 2)
     errors = [(split[name] / 3 - gradient).abs().max() / gradient.abs().max() for name, gradient in whole.items()]
     assert max(errors) > 1e-3
