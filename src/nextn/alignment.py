@@ -1,4 +1,4 @@
-"""Which token is read and which is predicted at every depth. The only place in nextn that shifts.
+"""Align inputs and labels with positions at every depth. No other module of nextn shifts tokens.
 
 Tokens and positions are 0-based: t[0..T-1]. Depth k at position i reads hidden state h[k-1][i] and the embedding of
 t[i+k], and predicts t[i+k+1]; depth 0 is the ordinary next-token head, which reads t[i].
@@ -73,7 +73,7 @@ class DepthAlignment:
         return own.masked_fill(own != embedded, PADDING_DOCUMENT)
 
     def at_labels(self, values: Tensor) -> Tensor:
-        """What is known of each token, [B, T], at the positions that predict it: values[i+k+1], 0 without a label.
+        """Values of tokens, [B, T], at the positions that predict these tokens: values[i+k+1], 0 without a label.
 
         >>> align(torch.tensor([[10, 11, 12, 13]]), depth=1).at_labels(torch.tensor([[0.1, 0.2, 0.3, 0.4]])).tolist()
         [[0.30000001192092896, 0.4000000059604645, 0.0]]
@@ -83,7 +83,7 @@ class DepthAlignment:
         return shifted.masked_fill(~self.valid, 0)
 
     def rows(self, rows: slice) -> DepthAlignment:
-        """The same of some rows of the batch: views."""
+        """The alignment of some rows of the batch, as views."""
         return DepthAlignment(self.depth, self.embedded_ids[rows], self.labels[rows])
 
     def cut(self, hidden: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def align(
 def align_depths(
     input_ids: Tensor, num_depths: int, labels: Tensor | None = None, document_ids: Tensor | None = None
 ) -> tuple[DepthAlignment, ...]:
-    """Inputs and labels of depths 0..K, once for a batch: whoever needs them is handed these.
+    """Inputs and labels of depths 0..K, computed once for a batch and handed on.
 
     Arguments and errors as of `align`; `num_depths` is K.
 

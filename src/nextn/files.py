@@ -1,7 +1,7 @@
-"""Files that survive: safetensors and JSON, read with clear errors, written whole or not at all.
+"""Read and write safetensors and JSON: clear errors, and files that are written whole or not at all.
 
-Everything is written under a temporary name beside its place and renamed when complete, so that a crash, a full disk or
-a kill leaves the old state or the new one, never half. Pickle files are refused: reading one can run any code.
+Everything is written under a temporary name in the same folder and renamed when complete. So a crash, a full disk or a
+kill leaves the old state or the new one, never half. Pickle files are refused: reading one can run any code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+    """Yield a temporary folder that becomes `path` if the block succeeds, and is removed if it fails.
 
     An existing folder at `path` is moved aside and removed once the new one stands in its place; a kill between those
     two renames leaves both whole, under names that begin with a dot. Raises CheckpointError when the disk is full or
@@ -62,7 +62,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it. Raises CheckpointError when that cannot be."""
+    """Make a folder and those above it. Raises CheckpointError when that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

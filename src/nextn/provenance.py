@@ -38,7 +38,7 @@ def collect(
     Returns:
         `time_utc` (ISO 8601, whole seconds), `command` (arguments, absolute paths cut to their last part), `seed`,
         `nextn` (version, commit, whether the checkout has changes), `libraries`, `machine`, `corpus`.
-        What cannot be found out is None.
+        Unknown facts are None.
     """
     return {
         "time_utc": _now(),
@@ -52,7 +52,7 @@ def collect(
 
 
 def measuring_moment() -> dict[str, Any]:
-    """What a measurement made now adds to the provenance of the run it measures: `time_utc` and `num_threads`."""
+    """`time_utc` and `num_threads` of a measurement made now, for the provenance of the measured run."""
     return {"time_utc": _now(), "num_threads": torch.get_num_threads()}
 
 

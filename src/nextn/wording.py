@@ -1,4 +1,4 @@
-"""Numbers, counts, durations and text as people read them; one place for every page and table."""
+"""Format numbers, counts, durations and text for people, in the same way on every page and in every table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the settings' dataclasses are made of: fields with a meaning, and range checks."""
+"""Fields with a meaning, and range checks, for the dataclasses of settings."""
 
 from __future__ import annotations
 

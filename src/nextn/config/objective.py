@@ -1,4 +1,4 @@
-"""`[objective]`: the weights of the depths over training, and what is done with their gradients."""
+"""`[objective]`: the weights of the depths over training, and the routing of their gradients."""
 
 from __future__ import annotations
 

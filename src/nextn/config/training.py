@@ -11,7 +11,7 @@ from nextn.errors import ConfigError
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What to train on and how it becomes rows of tokens."""
+    """The training text, and how it becomes rows of tokens."""
 
     corpus: str = setting(
         "python-stdlib", "python-stdlib, python-installed, a file, folder or .jsonl path, or hf:NAME[:SPLIT]"

@@ -1,4 +1,4 @@
-"""`[trunk]`: what a run starts from, and what of it is trained."""
+"""`[trunk]`: the start of a run, and the weights that are trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A chat model's own template: a question becomes the tokens it was trained to answer."""
+"""Fill in a chat model's own template: from a question to the tokens of a prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nextn.files import read_json
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How a chat model wants a question, from its tokenizer files.
+    """A chat model's template for prompts, read from its tokenizer files.
 
     The template is filled in as transformers 5.23 does it (`utils/chat_template_utils.py`: trimmed blocks, loop
     controls, `tojson`, `raise_exception`), but for the day's date, which would change the prompts from day to day:

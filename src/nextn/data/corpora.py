@@ -38,7 +38,7 @@ class Document:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What one file gave to one split: `sha256` and `num_bytes` of that text in UTF-8.
+    """One file's contribution to one split: `sha256` and `num_bytes` of that text in UTF-8.
 
     A file that is one document has one record; a file of many documents (JSONL, a cut text) has one for each split.
     """
@@ -168,7 +168,7 @@ def _left_out(dropped: list[DroppedFile]) -> str:
 
 
 def hash_position(name: str) -> float:
-    """Where a name falls in [0, 1): the first 53 bits of its SHA-256 (as many as a float64 holds exactly).
+    """Position of a name in [0, 1): the first 53 bits of its SHA-256 (as many as a float64 holds exactly).
 
     >>> round(hash_position("json/decoder.py"), 4)
     0.2312

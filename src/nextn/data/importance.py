@@ -1,4 +1,4 @@
-"""How much each token weighs as a label of an MTP depth: all alike, rare ones more, or content words more.
+"""Weights of tokens as labels of MTP depths: all equal, rare tokens more, or content words more.
 
 A depth's loss is then L_k = sum_i w_i CE_i / sum_i w_i, with w_i the weight of the label at position i. The weight of a
 token depends on the token and the row it stands in, never on the depth, so it is shifted exactly as labels are. The
@@ -58,7 +58,7 @@ SEPARATOR = b"\n"
 def token_importance(
     config: ObjectiveConfig, tokenizer: Tokenizer | None, train: PackedTokens
 ) -> TokenImportance | None:
-    """The function that weighs the tokens of a batch, as `objective.importance` asks.
+    """Build the function that weighs the tokens of a batch, as `objective.importance` says.
 
     `inverse_frequency`: the weight of `inverse_frequency_weights` of each token, counted over the training stream.
     `content_words`: `content_weight` for a token with a byte in a content word (`in_content_word`), 1 for all others:

@@ -1,8 +1,8 @@
 """From documents to rows of tokens: packing, the sampler of training rows, validation rows and prompts.
 
 Documents become one stream of tokens, each followed by the end of text, and rows are cut from the stream without
-regard to where documents end. `document_ids` goes along, so that what must not cross a document's end can see where it
-is. A row is T tokens; labels are the same tokens, shifted by `nextn.alignment` and by nothing here.
+regard to the ends of documents. `document_ids` keeps the document of each token, so that later steps keep documents
+apart. A row is T tokens. Labels are the same tokens; only `nextn.alignment` shifts them.
 
 Worked example, documents "ab" and "c" in bytes, T = 4:
 
@@ -132,7 +132,7 @@ class RowSampler:
         return _rows(self._packed, np.array(starts), self._sequence_length)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the sampler stands (`seed`, `epoch`, `index`), and what it reads (`sequence_length`, `num_tokens`)."""
+        """The sampler's position (`seed`, `epoch`, `index`) and its stream (`sequence_length`, `num_tokens`)."""
         return {
             "seed": self._seed,
             "epoch": self._epoch,
@@ -170,7 +170,7 @@ class RowSampler:
 def validation_rows(packed: PackedTokens, sequence_length: int, num_rows: int, seed: int = 0) -> Batch:
     """Rows of T tokens spread evenly over the stream, without overlap; the same arguments give the same rows.
 
-    The stream is divided into `num_rows` equal parts, and a row starts at the same, seeded place in each. Where the
+    The stream is divided into `num_rows` equal parts, and a row starts at the same seeded offset in each. Where the
     stream has fewer than `num_rows` rows, there are as many as it has: the batch is int64 [min(num_rows, n // T), T].
 
     Raises:
@@ -223,7 +223,7 @@ def validation_prompts(
         prompt_length: tokens in a prompt.
         continuation_length: tokens of the document after it; may be 0.
         num_prompts: how many.
-        seed: decides documents and places.
+        seed: decides documents and positions.
 
     Raises:
         DataError: the documents have too few tokens for that many prompts of that length.

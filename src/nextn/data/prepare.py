@@ -1,4 +1,4 @@
-"""From settings to the text of a run: corpus, tokenizer, packed tokens."""
+"""Prepare the text of a run from its settings: corpus, tokenizer, packed tokens."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PreparedData:
         return f"; left out: {num_files:,} {'file' if num_files == 1 else 'files'}" if num_files else ""
 
     def provenance(self) -> dict[str, Any]:
-        """What the text was: names, sizes and hashes of all files, and what was left out."""
+        """Facts of the text: names, sizes and hashes of all files, and the files that were left out."""
         return {
             "name": self.corpus.name,
             "sha256": self.corpus.sha256,
@@ -91,7 +91,7 @@ def prepare_held_out(
         tokenizer: the model's.
         trained: what the model was trained on, as `PreparedData.provenance` gave it. If it is this corpus, by its hash,
             the part held out is read; of any other corpus all is, but for files trained on. None: it is this corpus.
-        say: told what begins.
+        say: called with a progress message before each slow step.
 
     Raises:
         DataError: the corpus cannot be read, is empty, or what is left to evaluate on is shorter than a row.

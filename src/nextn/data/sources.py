@@ -1,4 +1,4 @@
-"""Where text comes from: Python sources on this machine, files, folders, JSONL, Hugging Face data sets.
+"""Read text from its source: Python sources on this machine, files, folders, JSONL, Hugging Face data sets.
 
 Every source yields `SourceText` in an order that depends on names only, never on the file system. Text is taken as it
 stands (line ends included); only a leading byte-order mark is removed. Compressed files (`.gz`) are read as what they

@@ -1,4 +1,4 @@
-"""Which special tokens stand around a text, read from a checkpoint's tokenizer files.
+"""Read the special tokens around a text from a checkpoint's tokenizer files.
 
 nextn's own tokenizers put nothing around texts; those of others may open every text with a token, and a benchmark's
 scores depend on it.

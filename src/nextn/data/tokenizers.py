@@ -38,7 +38,7 @@ COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template
 
 
 class Tokenizer(Protocol):
-    """What the rest of nextn knows of a tokenizer."""
+    """The interface of a tokenizer: text to token ids and back, and the bytes of every token."""
 
     @property
     def vocab_size(self) -> int:

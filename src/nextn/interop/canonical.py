@@ -1,6 +1,8 @@
-"""One form of a model for all engines: the same function, written in the conventions of the released weights.
+"""Rewrite a model in the conventions of the released weights, the one form for all engines.
 
-Some conventions are mere layout, so that weights can be rewritten and nothing is lost:
+The rewritten model computes the same function.
+
+Some conventions concern the layout alone. They are rewritten without loss:
 
     concat = hidden_first       the two halves of eh_proj's columns change places
     head_norm = shared          each module gets a copy of the trunk's final norm

@@ -1,6 +1,6 @@
-"""The engines as servers on this machine: started on loopback, asked for completions, always ended.
+"""Run engines as servers on this machine: start on loopback, ask for completions, always end the process.
 
-For conformance tests and for comparing speed; what serves users is the engine itself (`nextn export`).
+This is for conformance tests and for comparing speed. Users run the engine itself (`nextn export`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A server process on loopback: started, waited for, always ended; what it printed is in the error when it fails."""
+"""Run a server process on loopback: start, wait, always end it. When it fails, the error has the tail of its output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The serving engines: what each needs of a model to run it with its MTP modules, and how it is started.
+"""The serving engines: the requirements of each for a model with MTP modules, and its launch command.
 
 A model is judged in its canonical form (`nextn.interop.canonical`), which is how it is exported.
 """

@@ -1,6 +1,6 @@
-"""A model as the engines want it: a Hugging Face folder, or a GGUF file for llama.cpp.
+"""Export a model for an engine: a Hugging Face folder, or a GGUF file for llama.cpp.
 
-What cannot be served is refused with every reason; nothing is left out to make it fit.
+A model that the engine cannot serve is refused with every reason; nothing is left out to make it fit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CARRIED_ALONG = ("recipe.json",)
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote.
+    """The result of an export.
 
     Attributes:
         path: the folder or file.
@@ -103,7 +103,7 @@ def export_model(
 def _write_folder(
     model: MTPModel, source: Path, out: Path, max_shard_bytes: int, provenance: Mapping[str, Any] | None
 ) -> None:
-    """Write the whole model as a folder, whatever the checkpoint left where."""
+    """Write the whole model as a folder, also where the checkpoint keeps the trunk elsewhere."""
     with atomic_folder(out) as temporary:
         save_model(model, temporary, max_shard_bytes)
         write_json(temporary / "provenance.json", dict(provenance or {}))

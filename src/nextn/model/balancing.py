@@ -1,4 +1,4 @@
-"""Keeping experts evenly loaded (DeepSeek-V3, arXiv 2412.19437 section 2.1.2): what is counted, and what follows.
+"""Balance the loads of experts (DeepSeek-V3, arXiv 2412.19437 section 2.1.2): record, loss, bias update.
 
 Auxiliary-loss-free balancing: after each optimizer step the routing bias of an overloaded expert goes down by gamma and
 that of an underloaded one goes up. A complementary loss, very small, keeps single sequences from extreme imbalance.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class ExpertUsage:
-    """Which experts the tokens of one context went to, layer by layer: what balancing needs of a training forward.
+    """Records the experts of the tokens of one context, layer by layer, for balancing.
 
     One object per `LayerContext`. A layer that runs again in the same context (activations recomputed in the backward
     pass) is already noted, so nothing is counted twice, and nothing of the second run is kept alive.
@@ -31,7 +31,7 @@ class ExpertUsage:
         """`balance_loss` summed over rows, by layer."""
 
     def record(self, layer: nn.Module, scores: Tensor, experts: Tensor, num_rows: int) -> None:
-        """Note what `layer` decided about B * M tokens: unbiased scores [B * M, E], chosen experts [B * M, top_k]."""
+        """Record the routing of B * M tokens by `layer`: unbiased scores [B * M, E], chosen experts [B * M, top_k]."""
         mask = self.token_mask
         counted = experts if mask is None else experts[mask.flatten()]
         self.loads.setdefault(layer, torch.bincount(counted.flatten(), minlength=scores.shape[-1]))

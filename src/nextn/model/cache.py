@@ -1,4 +1,4 @@
-"""What attention remembers while decoding: one latent vector per token and layer.
+"""The attention cache of decoding: one latent vector per token and layer.
 
 Slot s of a row holds position s. A query at position p sees slots 0..p, and every slot up to p is written before it is
 read, because decoding feeds positions in order. So rolling back is free: go on from an earlier position, and the stale

@@ -1,6 +1,6 @@
-"""Functions that the compiler treats in its own way. Importing this module imports the compiler, which takes seconds.
+"""Functions with special treatment by torch.compile. Importing this module imports the compiler, which takes seconds.
 
-So only code that is being compiled imports it, inside `if torch.compiler.is_compiling()`: an eager run never does.
+So only code that is being compiled imports it, inside `if torch.compiler.is_compiling()`. An eager run never does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all layers of one forward share: rotary factors, who may see whom, where the cache is written."""
+"""The context that all layers of one forward share: rotary factors, attention mask, cache slots to write."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LayerContext:
     Attributes:
         cos, sin: rotary factors of the queries' positions, [B or 1, M, R/2].
         mask: True where a query may look, bool [B or 1, 1, M, S]; None: every earlier position and itself.
-        usage: takes note of which experts the tokens went to; None: nobody asks.
+        usage: records the experts of the tokens; None: nothing is recorded.
         positions: cache slots to write, int64 [B, M]; None without a cache.
         num_keys: slots 0..num_keys-1 are attended to (S); None without a cache.
     """

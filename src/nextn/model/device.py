@@ -1,4 +1,4 @@
-"""Devices by the name a user gives."""
+"""Resolve devices by name, and require a compiler where compiled code is to run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def require_compiler(device: torch.device, what: str, instead: str) -> None:
 
     Args:
         device: where compiled code is to run.
-        what: needs it, for the message.
+        what: the thing that needs it, for the message.
         instead: how to do without.
     """
     candidates = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]

@@ -1,11 +1,11 @@
 """Floating-point operations of the trunk's parts, per token of a forward pass.
 
-A multiply-add counts as two. Counted is what the mathematics asks of matrix products: those with weights (of experts,
+A multiply-add counts as two. Matrix products are counted as the formulas have them: products with weights (of experts,
 the chosen ones), attention scores and their values, of the pairs that a causal mask admits (half of the T x T square;
-a row counts as one document). Not counted are norms, softmax and other elementwise work, the balance loss, and what an
-implementation adds: rows of experts rounded up, layers or attention scores computed again for the backward pass. What
-the backward pass takes is in `nextn.mtp.cost.step_flops`. Layers of transformers' models are counted in
-`nextn.interop.layer_cost`.
+a row counts as one document). Norms, softmax and other elementwise work are not counted, and neither are the balance
+loss and the additions of an implementation: rows of experts rounded up, layers or attention scores computed again for
+the backward pass. `nextn.mtp.cost.step_flops` counts the backward pass. `nextn.interop.layer_cost` counts layers of
+transformers' models.
 """
 
 from __future__ import annotations

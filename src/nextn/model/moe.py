@@ -43,7 +43,7 @@ class MLP(nn.Module):
 
 
 class Routing(NamedTuple):
-    """What the router decided about N tokens.
+    """The router's decision for N tokens.
 
     Attributes:
         scores: sigmoid affinities without bias, float32 [N, E] (eq. 15).
@@ -156,7 +156,7 @@ class Experts(nn.Module):
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Where each (token, choice) pair stands when the pairs are sorted by expert.
+    """The slots of (token, choice) pairs that are sorted by expert.
 
     Each expert's pairs fill slots in a row, rounded up to a multiple of `SLOT_MULTIPLE`; a slot left over stands for
     pair 0 with gate 0. Loads differ at every step, and without the rounding so would the shapes of all products, for
@@ -290,7 +290,7 @@ class MixtureOfExperts(nn.Module):
         )
 
     def forward(self, hidden: Tensor, usage: ExpertUsage | None = None) -> Tensor:
-        """[B, M, C] -> [B, M, C]; `usage` takes note of the routing."""
+        """[B, M, C] -> [B, M, C]; `usage` records the routing."""
         routing = self.gate(hidden.flatten(0, 1))
         noted = (self, routing.scores, routing.experts, hidden.shape[0])
         if usage is not None and torch.compiler.is_compiling():  # a note in a dictionary, not a computation

@@ -1,13 +1,13 @@
-"""Weights prepared once for decoding: forms in which a product with a few rows reads them fastest.
+"""Prepare weights for decoding: forms that a product with a few rows reads fastest.
 
-Decoding multiplies the same matrices with a handful of rows, over and over: what counts is how fast weights are read.
+Decoding multiplies the same matrices with a handful of rows, again and again, so its speed is that of reading weights.
 On a CPU the stock product reads them in the order in which they were trained. Measured on 2 cores, 1536 x 576, one row
 and eight: bfloat16 stock 25 and 22 GB/s, packed 41 and 33; float32 stock 17 and 12.
 
 - `packed`: the same numbers. Large bfloat16 matrices are reordered as oneDNN wants them; other products of a few rows
   are written as sums, of which the compiler makes loops. Elsewhere (GPUs, other dtypes) as they are.
-- `int8`: weights rounded to 8 bits, one scale per output: half the bytes of bfloat16, and a different model. What is
-  drafted and verified with it is lossless with respect to *that* model.
+- `int8`: weights rounded to 8 bits, one scale per output: half the bytes of bfloat16, and a different model. Drafting
+  and verification with it are lossless with respect to *that* model.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def prepared(model: M, form: WeightForm) -> M:
 
 
 def _maker(module: nn.Module, form: WeightForm) -> Callable[[Any], nn.Module] | None:
-    """What puts a module into that form; None for one that stays."""
+    """The function that converts a module to that form; None for a module that stays as it is."""
     if isinstance(module, Experts):
         return Int8Experts if form == "int8" else None
     if type(module) is not nn.Linear:

@@ -135,7 +135,7 @@ class Transformer(nn.Module):
 def initialize_weights(module: nn.Module, config: ModelConfig, generator: torch.Generator) -> None:
     """Normal weights of standard deviation `initializer_range`; norms one, biases zero.
 
-    What writes into the residual stream (attention's o_proj, every down_proj) is divided by sqrt(2 * layers), so that
+    Projections into the residual stream (attention's o_proj, every down_proj) are divided by sqrt(2 * layers), so that
     the stream's variance does not grow with depth (as in GPT-2).
     """
     std = config.initializer_range

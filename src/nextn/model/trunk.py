@@ -1,8 +1,8 @@
-"""What MTP and decoding need of a language model, and nothing more.
+"""The `Trunk` protocol: the parts of a language model that MTP and decoding need.
 
-The native `Transformer` satisfies it, and so does `nextn.interop.adapter` around transformers' models; nothing above
-this package knows which one it has. A context is an object of the trunk's own kind, which goes to its blocks unread
-(the native one's is `LayerContext`).
+The native `Transformer` satisfies it, and so does `nextn.interop.adapter` around transformers' models. Nothing above
+this package knows which one it has. A context is an object of the trunk's own kind, which is passed to its blocks
+unread (the native trunk's is `LayerContext`).
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Trunk(Protocol):
         ...
 
     def context(self, num_positions: int, document_ids: Tensor | None = None, usage: ExpertUsage | None = None) -> Any:
-        """What the layers share in a forward over whole rows of M positions; documents int64 [B, M] stay apart.
+        """The context that layers share in a forward over whole rows of M positions; documents int64 [B, M] stay apart.
 
-        `usage` takes note of where experts' tokens went; a trunk without experts leaves it empty.
+        `usage` records the experts of the tokens; a trunk without experts leaves it empty.
         """
         ...
 

@@ -1,7 +1,7 @@
-"""What is wrong with a checkpoint's MTP modules, and what to do about it.
+"""Find faults in a checkpoint's MTP modules, and say how to repair them.
 
 examine(path)    headers, then the MTP tensors one at a time, give a `Diagnosis`: findings and a verdict
-services(found)  what each engine makes of it, and the command
+services(found)  whether each engine runs it, and the command
 finding          what a finding is
 stored           what is declared, and which tensor is in which place
 invariants, values     each finding's invariant: on names, shapes and dtypes; on the values

@@ -17,7 +17,7 @@ CONVENTIONS = ("concat", "trunk_hidden", "carry", "head_norm")
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What an examination found.
+    """The findings of an examination, and the facts that the verdict needs.
 
     Attributes:
         path: what was examined.

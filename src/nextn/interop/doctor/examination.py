@@ -48,12 +48,12 @@ def examine(path: Path, say: Callable[[str], None] = _silent) -> Diagnosis:
     """Examine a checkpoint's folder, a safetensors file or a GGUF file for its MTP modules.
 
     Headers are read whole; of the tensors only those of the MTP modules, one at a time, matrices of the trunk's last
-    layer until one differs from the module's, and what the modules repeat of the trunk. What is wrong with a checkpoint
+    layer until one differs from the module's, and what the modules repeat of the trunk. A fault of the checkpoint
     is a finding, never an error.
 
     Args:
         path: the folder of a checkpoint or a run, a `.safetensors` or a `.gguf` file.
-        say: told what is read.
+        say: called with a progress message before the MTP tensors are read.
 
     Raises:
         CheckpointError: there is no checkpoint at the path, or the package `gguf` is missing.

@@ -1,4 +1,4 @@
-"""What an examination says: findings, one line each, the worst of which is the verdict."""
+"""Findings of an examination, one line each. The worst of them decides the verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does a checkpoint of nextn's own family fit its settings? Invariants that `nextn.mtp.load_model` holds it to."""
+"""Check that a checkpoint of nextn's own family fits its settings, by the invariants of `nextn.mtp.load_model`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NOT_LOADED = "nextn cannot load or export it; engines might run it"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What config.json means.
+    """The model that config.json describes.
 
     Attributes:
         config, mtp_config: as nextn reads them.

@@ -1,4 +1,4 @@
-"""Is MTP declared, stored and complete? Invariants on declarations, names, shapes and dtypes alone."""
+"""Check that MTP is declared, stored and complete: invariants on declarations, names, shapes and dtypes alone."""
 
 from __future__ import annotations
 

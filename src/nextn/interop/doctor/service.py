@@ -25,7 +25,7 @@ LONGEST_DRAFT = 3
 
 @dataclass(frozen=True)
 class Service:
-    """What one engine makes of the checkpoint.
+    """Whether one engine runs the checkpoint, and the commands for it.
 
     Attributes:
         engine: a name of ENGINES.
@@ -47,7 +47,7 @@ class Service:
 
 
 def services(diagnosis: Diagnosis) -> tuple[Service, ...]:
-    """What each engine makes of a checkpoint; none where it has no MTP modules to run."""
+    """One `Service` per engine; none where the checkpoint has no MTP modules to run."""
     if not diagnosis.is_healthy:
         return tuple(Service(engine, False, (diagnosis.verdict,)) for engine in ENGINES)
     if not diagnosis.num_stored:

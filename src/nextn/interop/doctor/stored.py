@@ -1,4 +1,4 @@
-"""What a checkpoint declares and which tensors it stores, from its headers alone.
+"""Read a checkpoint's declarations, and sort its stored tensors, from its headers alone.
 
 Tensors are sorted into the trunk's layers and the MTP modules, each under its *role*: the name inside a module in
 DeepSeek's words (`enorm.weight`, `eh_proj.weight`, `shared_head.norm.weight`), or `block.` and the name inside a layer
@@ -63,7 +63,7 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class Declaration:
-    """What the settings beside (or, in GGUF, before) the tensors say.
+    """The settings beside the tensors (in GGUF, before them).
 
     Attributes:
         model_type: the family's name: `model_type`, or GGUF's `general.architecture`; None where nothing says.
@@ -124,7 +124,7 @@ class Stored:
 
 
 def locate(path: Path) -> tuple[Path, Kind]:
-    """What there is to examine at a path: a checkpoint folder, a safetensors file or a GGUF file.
+    """Find the checkpoint to examine at a path: a checkpoint folder, a safetensors file or a GGUF file.
 
     Raises CheckpointError where there is no checkpoint of any kind.
     """

@@ -1,4 +1,4 @@
-"""Are stored values those of a trained module? Statistics of one tensor at a time, and invariants on them.
+"""Check that stored values are those of a trained module: statistics of one tensor at a time, and invariants on them.
 
 An invariant takes the statistics of an MTP module's tensors, by name, and gives the findings that they call for.
 """
