@@ -96,7 +96,7 @@ def bench(
         str | None,
         typer.Option(metavar="NAME,...", help=f"Other engines: {', '.join(PEERS)}, or none. Default: transformers."),
     ] = None,
-    engines: Annotated[Path, typer.Option(help="Where make engines has installed them.")] = Path(".engines"),
+    engines: Annotated[Path, typer.Option(help="The folder that make engines fills.")] = Path(".engines"),
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     json: Annotated[Path | None, typer.Option(help="Also write the figures and their provenance to this file.")] = None,

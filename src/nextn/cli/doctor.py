@@ -32,7 +32,7 @@ def doctor(
     device: Annotated[str, typer.Option(help="--measure: cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="--measure: float32, bfloat16 or float16.")] = "float32",
     json: Annotated[
-        str | None, typer.Option(help="Also write it all as JSON to this file; `-`: to standard output, in its place.")
+        str | None, typer.Option(help="Also write everything as JSON to this file; `-` prints JSON and no tables.")
     ] = None,
 ) -> None:
     """Say whether a checkpoint's MTP modules are declared, stored, complete and plausible, and which engines run them.

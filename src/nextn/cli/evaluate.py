@@ -44,7 +44,7 @@ def evaluate(
         int | None, typer.Option(min=0, help="--tasks: examples before each question. Default: the task's.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="--tasks: only the first so many questions; for trying out.")
+        int | None, typer.Option(min=1, help="--tasks: only the first questions of each task, for a trial.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="--tasks: rows scored at once. Default: 8.")] = None,
 ) -> None:

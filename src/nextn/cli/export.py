@@ -19,7 +19,7 @@ def export(
         typer.Option(help="hf (transformers), vllm, sglang: a folder; gguf (llama.cpp): a file."),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Where to; must not exist. Default: PATH with -FORMAT, or .gguf, appended.")
+        Path | None, typer.Option(help="Folder or file to write; must not exist. Default: PATH-FORMAT, or PATH.gguf.")
     ] = None,
     dtype: Annotated[
         str | None,

@@ -23,12 +23,14 @@ SAMPLING, DRAFTING, MACHINE = "Sampling", "Drafting and verification", "Machine"
 Model = Annotated[Path, typer.Argument(help="A checkpoint, or a run folder (its last checkpoint is taken).")]
 Prompts = Annotated[
     list[str] | None,
-    typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; may be repeated. '-' reads it in."),
+    typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue; may be repeated. '-': standard input."),
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to add.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="Maximum number of new tokens.")]
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End a text before this string; may be repeated.")]
-IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")]
-Stream = Annotated[bool, typer.Option("--stream", help="Print as it is decoded; on a terminal one prompt always is.")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Continue after an end-of-text token.")]
+Stream = Annotated[
+    bool, typer.Option("--stream", help="Print while decoding; the default for one prompt on a terminal.")
+]
 ShowDrafts = Annotated[
     bool, typer.Option("--show-drafts", help="Colour each token by where it came from, and count acceptance.")
 ]
@@ -52,7 +54,7 @@ DraftLengthText = Annotated[
     str | None,
     typer.Option(
         metavar="N|adaptive",
-        help="Tokens drafted per cycle; 0 is plain decoding; adaptive: what is fastest, as measured on the way. "
+        help="Tokens drafted per cycle; 0 is plain decoding; adaptive finds the fastest number while decoding. "
         "Default: 3, or what the scheme can do.",
         rich_help_panel=DRAFTING,
     ),
@@ -61,7 +63,7 @@ Drafter = Annotated[
     str,
     typer.Option(
         metavar="mtp|prompt_lookup|PATH",
-        help="What drafts: the MTP depths, the text itself, or another model of the same vocabulary.",
+        help="The drafter: the MTP depths, the text itself, or another model of the same vocabulary.",
         rich_help_panel=DRAFTING,
     ),
 ]

@@ -26,9 +26,9 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Change a setting; may be repeated.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run folder's last checkpoint.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what the run would be and plot its schedule; train nothing.")
+        bool, typer.Option("--dry-run", help="Show the run's size and plot its schedule; train nothing.")
     ] = False,
 ) -> None:
     """Train a model with multi-token prediction.
